@@ -1,0 +1,167 @@
+"""Datasets as forebear reads them: in order, in batches, with stable ids and a fingerprint."""
+
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Subset, TensorDataset, default_collate
+
+from forebear.errors import DataError
+
+Batch = Any
+"""Whatever the loss takes: a tuple or a dict of tensors whose first axis is the example."""
+
+
+class Data:
+    """A map-style dataset with ids.
+
+    Datasets that are tensors (a `TensorDataset`, a subset of one, a tuple or dict of tensors) are
+    sliced; others are collated example by example.
+
+    Args:
+        dataset: anything with `len()` and integer indexing, or a tuple or dict of tensors.
+        ids: one stable id an example (integers or strings); positions when left out.
+        collate: makes a batch of a list of examples; torch's default when left out.
+
+    Raises:
+        DataError: the dataset is empty, or ids are duplicated or too few.
+    """
+
+    def __init__(
+        self,
+        dataset: Any,
+        *,
+        ids: Sequence[int] | Sequence[str] | np.ndarray | None = None,
+        collate: Callable[[list[Any]], Batch] | None = None,
+    ) -> None:
+        self.columns = None if collate else _columns(dataset)
+        self.dataset = dataset
+        self.collate = collate or default_collate
+        if self.columns is None and not (
+            hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")
+        ):
+            raise DataError(
+                f"{type(dataset).__name__} is not a map-style dataset: it needs len() and indexing; "
+                "for an iterable, collect the examples into a list first"
+            )
+        size = len(_leaves(self.columns)[0]) if self.columns is not None else len(dataset)
+        if size == 0:
+            raise DataError("the dataset is empty: attribution needs at least one example")
+        self.ids = np.arange(size) if ids is None else np.asarray(ids)
+        if len(self.ids) != size:
+            raise DataError(f"{len(self.ids)} ids were given for {size} examples: give one each")
+        values, counts = np.unique(self.ids, return_counts=True)
+        if counts.max() > 1:
+            raise DataError(
+                f"id {values[counts.argmax()]!r} stands {counts.max()} times: ids must be unique"
+            )
+
+    @classmethod
+    def of(cls, data: Any, *, ids: Any = None, collate: Any = None) -> "Data":
+        """`data` itself when it is a `Data`, otherwise a new one around it."""
+        if isinstance(data, cls) and ids is None:
+            return data
+        dataset = data.dataset if isinstance(data, cls) else data
+        return cls(dataset, ids=ids, collate=collate)
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def batch(self, rows: slice | Tensor) -> Batch:
+        """The examples at `rows`, collated."""
+        if self.columns is not None:
+            return map_tensors(lambda column: column[rows], self.columns)
+        positions = range(len(self))[rows] if isinstance(rows, slice) else rows.tolist()
+        return self.collate([self.dataset[i] for i in positions])
+
+    def batches(self, size: int) -> Iterator[tuple[slice, Batch]]:
+        """All examples in order, `size` at a time, with their positions."""
+        for start in range(0, len(self), size):
+            rows = slice(start, min(start + size, len(self)))
+            yield rows, self.batch(rows)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 of the content, independent of how it is batched."""
+        digest = hashlib.sha256()
+        if self.columns is not None:
+            for leaf in _leaves(self.columns):
+                _hash_tensor(digest, leaf)
+        else:
+            for i in range(len(self)):
+                _hash_any(digest, self.dataset[i])
+        return digest.hexdigest()[:16]
+
+
+def map_tensors(function: Callable[[Tensor], Any], batch: Batch) -> Batch:
+    """Apply `function` to every tensor of a nested tuple, list or dict."""
+    if isinstance(batch, Tensor):
+        return function(batch)
+    if isinstance(batch, dict):
+        return {key: map_tensors(function, value) for key, value in batch.items()}
+    if hasattr(batch, "keys"):  # transformers' BatchEncoding and other mappings
+        return {key: map_tensors(function, batch[key]) for key in batch}
+    if isinstance(batch, tuple) and hasattr(batch, "_fields"):
+        return type(batch)(*(map_tensors(function, value) for value in batch))
+    if isinstance(batch, list | tuple):
+        return type(batch)(map_tensors(function, value) for value in batch)
+    return batch
+
+
+def batch_length(batch: Batch) -> int:
+    """Number of examples in a batch: the first axis of its first tensor."""
+    leaves = _leaves(batch)
+    if not leaves:
+        raise DataError(f"a batch of type {type(batch).__name__} holds no tensor")
+    return len(leaves[0])
+
+
+def _leaves(batch: Batch) -> list[Tensor]:
+    leaves: list[Tensor] = []
+    map_tensors(lambda leaf: leaves.append(leaf) if leaf.ndim else None, batch)
+    return leaves
+
+
+def _columns(dataset: Any) -> Any:
+    """The tensors behind a dataset, so that batches are slices; None where there are none."""
+    if isinstance(dataset, TensorDataset):
+        return dataset.tensors
+    if isinstance(dataset, Subset):
+        columns = _columns(dataset.dataset)
+        rows = torch.as_tensor(dataset.indices)
+        return None if columns is None else map_tensors(lambda column: column[rows], columns)
+    if isinstance(dataset, tuple | dict):
+        values = list(dataset.values()) if isinstance(dataset, dict) else list(dataset)
+        if values and all(isinstance(value, Tensor) and value.ndim for value in values):
+            lengths = sorted({len(value) for value in values})
+            if len(lengths) > 1:
+                raise DataError(f"the tensors of the dataset have different lengths: {lengths}")
+            return dataset
+    return None
+
+
+def _hash_tensor(digest: Any, tensor: Tensor) -> None:
+    tensor = tensor.detach().cpu().contiguous()
+    digest.update(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
+    digest.update(tensor.view(-1).view(torch.uint8).numpy())
+
+
+def _hash_any(digest: Any, item: Any) -> None:
+    if isinstance(item, Tensor):
+        _hash_tensor(digest, item)
+    elif isinstance(item, np.ndarray):
+        digest.update(f"{item.dtype}{item.shape}".encode())
+        digest.update(np.ascontiguousarray(item).tobytes())
+    elif isinstance(item, dict) or hasattr(item, "keys"):
+        for key in item:
+            digest.update(str(key).encode())
+            _hash_any(digest, item[key])
+    elif isinstance(item, list | tuple):
+        for value in item:
+            _hash_any(digest, value)
+    else:
+        digest.update(repr(item).encode())

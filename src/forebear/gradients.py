@@ -1,0 +1,165 @@
+"""Arithmetic on factored per-example gradients: products, norms and, where cheaper, matrices.
+
+The gradient of an example is `Σ_t left_t ⊗ right_t` and stays factored. For one position the inner
+product of two gradients is `(left·left')(right·right')`: two thin matrix products for all pairs
+instead of one huge one ("ghost" product). With many positions t the ghost product costs t² and a
+written-out matrix may be cheaper; `query_side` chooses from the shapes.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from forebear.blocks import Block
+from forebear.layers import Factors
+
+WORKSPACE = 2**23
+"""Entries of the largest temporary (32 MB of float32)."""
+
+GHOST_OVERHEAD = 24  # elementwise work of a ghost product per pair of positions, in multiply-adds
+
+
+def materialise(terms: list[Factors], block: Block) -> Tensor:
+    """Gradients written out, `[b, rows, cols]`."""
+    total: Tensor | None = None
+    for left, right in terms:
+        if left.is_floating_point():
+            part = _outer(left, right)
+        else:
+            part = right.new_zeros(len(left), block.rows, block.cols)
+            part.scatter_add_(1, left[:, :, None].expand_as(right), right)
+        total = part if total is None else total.add_(part)
+    if total is None:
+        raise ValueError(f"block {block.name!r} has no gradient: pass the size of the batch")
+    return total
+
+
+def squared_norms(terms: list[Factors], block: Block) -> Tensor:
+    """Squared Euclidean norm of each gradient, `[b]`."""
+    if len(terms) == 1 and terms[0].left.is_floating_point():
+        left, right = terms[0]
+        if left.shape[1] == 1:
+            return left.square().sum((1, 2)) * right.square().sum((1, 2))
+    positions = sum(term.left.shape[1] for term in terms)
+    if positions * (block.rows + block.cols) > block.size and block.size <= WORKSPACE:
+        size = len(terms[0].left)
+        step = max(1, WORKSPACE // block.size)
+        parts = [
+            materialise(rows_of(terms, slice(i, i + step)), block).square().sum((1, 2))
+            for i in range(0, size, step)
+        ]
+        return torch.cat(parts)
+    total = terms[0].right.new_zeros(len(terms[0].right))
+    for one in terms:
+        for other in terms:
+            gram = _left_gram(one.left, other.left) * (one.right @ other.right.mT)
+            total += gram.sum((1, 2))
+    return total
+
+
+@dataclass(frozen=True)
+class QuerySide:
+    """The query's half of a product, in whichever form is cheaper.
+
+    `terms` are factors; `matrix` is `[q, rows, cols]`, written out.
+    """
+
+    terms: list[Factors] | None = None
+    matrix: Tensor | None = None
+
+
+def prefers_matrix(block: Block, positions: int, queries: int) -> bool:
+    """Whether written-out queries are cheaper than ghost products at so many positions."""
+    ghost = positions**2 * (block.rows + block.cols + GHOST_OVERHEAD)
+    matrix = block.size * (1 + positions / max(queries, 1))
+    return matrix < ghost
+
+
+def positions_of(terms: list[Factors]) -> int:
+    """Number of positions t that the gradient sums over."""
+    return sum(term.left.shape[1] for term in terms)
+
+
+def query_side(terms: list[Factors], block: Block) -> QuerySide:
+    """Prepare queries for `products` with training batches of similar length."""
+    if terms and prefers_matrix(block, positions_of(terms), len(terms[0].right)):
+        return QuerySide(matrix=materialise(terms, block))
+    return QuerySide(terms=terms)
+
+
+def add_products(out: Tensor, side: QuerySide, train: list[Factors], block: Block) -> None:
+    """Add the inner products of queries and training gradients to `out` `[q, b]`."""
+    if side.matrix is not None:
+        _add_matrix_products(out, side.matrix, train, block)
+        return
+    for query in side.terms or ():
+        for term in train:
+            _add_ghost_products(out, query, term)
+
+
+def rows_of(terms: list[Factors], rows: slice) -> list[Factors]:
+    """The gradients of some examples of a batch."""
+    return [Factors(left[rows], right[rows]) for left, right in terms]
+
+
+def _outer(left: Tensor, right: Tensor) -> Tensor:
+    """`Σ_t left_t ⊗ right_t`, `[b, rows, cols]`."""
+    if left.shape[1] == 1:
+        return left.mT * right
+    return left.mT @ right
+
+
+def _add_matrix_products(out: Tensor, matrix: Tensor, train: list[Factors], block: Block) -> None:
+    flat = matrix.flatten(1)  # [q, rows * cols]
+    step = max(1, WORKSPACE // block.size)
+    for start in range(0, out.shape[1], step):
+        rows = slice(start, start + step)
+        if train:
+            out[:, rows] += flat @ materialise(rows_of(train, rows), block).flatten(1).T
+
+
+def _add_ghost_products(out: Tensor, query: Factors, train: Factors) -> None:
+    tq, tb = query.left.shape[1], train.left.shape[1]
+    if tq == 1 and tb == 1 and _floating(query, train):
+        lefts = query.left[:, 0] @ train.left[:, 0].T  # [q, b]
+        if train.right.shape[2] == 1:
+            rights = query.right[:, 0] * train.right[:, 0].T
+        else:
+            rights = query.right[:, 0] @ train.right[:, 0].T
+        out.addcmul_(lefts, rights)
+        return
+    size = out.shape[1]
+    step = max(1, WORKSPACE // (tq * tb * size))
+    for start in range(0, len(out), step):
+        rows = slice(start, start + step)
+        lefts = _left_products(query.left[rows], train.left)  # [q * tq, b * tb]
+        lefts *= query.right[rows].flatten(0, 1) @ train.right.flatten(0, 1).T
+        out[rows] += lefts.view(-1, tq, size, tb).sum((1, 3))
+
+
+def _floating(*factors: Factors) -> bool:
+    return all(factor.left.is_floating_point() for factor in factors)
+
+
+def _left_products(query: Tensor, train: Tensor) -> Tensor:
+    """Products of all pairs of left vectors, `[q * tq, b * tb]`; integers are one-hot rows."""
+    query, train = query.flatten(0, 1), train.flatten(0, 1)
+    if query.is_floating_point() and train.is_floating_point():
+        return query @ train.T
+    if query.is_floating_point():
+        return query[:, train]
+    if train.is_floating_point():
+        return train[:, query].T.contiguous()
+    return (query[:, None] == train[None]).to(torch.get_default_dtype())
+
+
+def _left_gram(one: Tensor, other: Tensor) -> Tensor:
+    """Products of the left vectors of the same example, `[b, t, t']`."""
+    if one.is_floating_point() and other.is_floating_point():
+        return one @ other.mT
+    if one.is_floating_point():
+        return one.gather(2, other[:, None].expand(-1, one.shape[1], -1))
+    if other.is_floating_point():
+        return _left_gram(other, one).mT
+    return one[:, :, None] == other[:, None]

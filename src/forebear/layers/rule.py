@@ -1,0 +1,47 @@
+"""The two shapes a layer's gradient can have."""
+
+from typing import NamedTuple, Protocol
+
+from torch import Tensor, nn
+
+
+class Factors(NamedTuple):
+    """Gradient of a weight matrix, kept factored: `Σ_t left_t ⊗ right_t`.
+
+    Attributes:
+        left: `[b, t, rows]`, or `[b, t]` integers that stand for one-hot rows.
+        right: `[b, t, cols]`.
+    """
+
+    left: Tensor
+    right: Tensor
+
+
+class MatrixRule(Protocol):
+    """A layer that multiplies by a matrix: its gradient is a sum of outer products."""
+
+    def factors(self, layer: nn.Module, a: Tensor, g: Tensor) -> Factors:
+        """Factors of the gradient of `layer.weight`; the bias gradient is the sum of `left`.
+
+        Args:
+            layer: the layer that was called.
+            a: what went in, examples first.
+            g: gradient of the summed loss at what came out.
+        """
+        ...
+
+    def to_matrix(self, weight: Tensor) -> Tensor:
+        """The weight `[...]` as a matrix `[rows, cols]`."""
+        ...
+
+    def from_matrix(self, matrix: Tensor, weight: Tensor) -> Tensor:
+        """A matrix `[rows, cols]` in the shape of `weight`."""
+        ...
+
+
+class VectorRule(Protocol):
+    """A layer whose per-example gradients are cheap to write out."""
+
+    def gradients(self, layer: nn.Module, a: Tensor, g: Tensor) -> dict[str, Tensor]:
+        """Gradient of each example's loss for each direct parameter, `name -> [b, *shape]`."""
+        ...

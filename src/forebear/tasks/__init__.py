@@ -1,0 +1,1 @@
+"""Ready tasks: a loss taken apart, one small file each."""

@@ -1,0 +1,29 @@
+"""Classification with softmax cross-entropy."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from forebear.tasks.objective import Objective
+
+
+class CrossEntropy(Objective):
+    """Softmax cross-entropy of `model(x) -> [b, c]` against labels `y` `[b]`; batch is `(x, y)`."""
+
+    name = "cross_entropy"
+
+    def outputs(self, model: nn.Module, batch: Any) -> Tensor:
+        """Logits `[b, c]`."""
+        return model(batch[0])
+
+    def loss(self, outputs: Tensor, batch: Any) -> Tensor:
+        """Cross-entropy of each example, `[b]`."""
+        return F.cross_entropy(outputs, batch[1], reduction="none")
+
+    def sample(self, outputs: Tensor, batch: Any, generator: torch.Generator) -> Any:
+        """Labels drawn from the predicted distribution."""
+        probabilities = outputs.softmax(-1).float()
+        labels = torch.multinomial(probabilities, 1, generator=generator)[:, 0]
+        return (batch[0], labels, *batch[2:])

@@ -1,0 +1,198 @@
+"""Values that travel between rooms: scores and top-k lists."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from forebear.errors import DataError, FormatError, MismatchError
+
+FORMAT = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Provenance:
+    """Where scores come from; two things may be compared only when these agree.
+
+    `units` is `"removal"` (the measurement with the example minus without it, 1/n included) or
+    `"ranking"` (only the order counts). `coverage` is the share of the trainable parameters seen.
+    """
+
+    method: str
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    units: str = "ranking"
+    coverage: float = 1.0
+    model: str = ""
+    train: str = ""
+    queries: str = ""
+    seed: int | None = None
+    version: str = ""
+    sign: str = "positive scores are proponents"
+
+    def require_same(self, other: "Provenance", fields: tuple[str, ...]) -> None:
+        """Raise `MismatchError` naming the first of `fields` that differs."""
+        for name in fields:
+            mine, theirs = getattr(self, name), getattr(other, name)
+            if mine != theirs:
+                raise MismatchError(
+                    f"{name} differs: {mine!r} against {theirs!r}; these belong to another "
+                    f"{_NOUNS.get(name, name)} and must not be mixed"
+                )
+
+
+_NOUNS = {"train": "training set", "queries": "set of queries", "model": "model"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class TopK:
+    """The strongest examples of each query, strongest first.
+
+    Attributes:
+        ids: `[q, k]` ids of training examples.
+        values: `[q, k]` their scores.
+        query_ids: `[q]`.
+        opponents: whether these are the lowest scores instead of the highest.
+    """
+
+    ids: np.ndarray
+    values: Tensor
+    query_ids: np.ndarray
+    opponents: bool = False
+    provenance: Provenance
+
+    def to_parquet(self, path: str | Path) -> None:
+        """One row a (query, rank): `query, rank, example, score`."""
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        queries, k = self.ids.shape
+        table = pa.table(
+            {
+                "query": np.repeat(self.query_ids, k),
+                "rank": np.tile(np.arange(1, k + 1), queries),
+                "example": self.ids.reshape(-1),
+                "score": self.values.double().numpy().reshape(-1),
+            }
+        )
+        pq.write_table(table, path)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scores:
+    """How much each query owes to each training example.
+
+    Attributes:
+        values: `[query, train]`; positive = proponent.
+        query_ids: `[q]`.
+        train_ids: `[n]`.
+        provenance: method, settings, units, coverage and fingerprints.
+    """
+
+    values: Tensor
+    query_ids: np.ndarray
+    train_ids: np.ndarray
+    provenance: Provenance
+
+    def __post_init__(self) -> None:
+        expected = (len(self.query_ids), len(self.train_ids))
+        if tuple(self.values.shape) != expected:
+            raise DataError(
+                f"scores have shape {tuple(self.values.shape)} for {expected[0]} queries and "
+                f"{expected[1]} examples: orientation is [query, train]"
+            )
+
+    def __repr__(self) -> str:
+        queries, train = self.values.shape
+        about = self.provenance
+        return (
+            f"Scores({about.method}: {queries} queries × {train} examples, {about.units} units, "
+            f"coverage {about.coverage:.0%})"
+        )
+
+    def top(self, k: int = 10, *, opponents: bool = False) -> TopK:
+        """The `k` strongest proponents of each query, or opponents.
+
+        Raises:
+            DataError: `k` is below one or above the number of training examples.
+        """
+        check_k(k, len(self.train_ids))
+        # A stable sort makes ties fall to the earlier example, as the streamed top-k does.
+        order = torch.argsort(self.values, dim=1, descending=not opponents, stable=True)[:, :k]
+        return TopK(
+            ids=self.train_ids[order.numpy()],
+            values=self.values.gather(1, order),
+            query_ids=self.query_ids,
+            opponents=opponents,
+            provenance=self.provenance,
+        )
+
+    def save(self, folder: str | Path) -> None:
+        """Write `scores.safetensors` and `scores.json` into `folder`."""
+        from safetensors.torch import save_file
+
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file({"values": self.values.contiguous()}, folder / "scores.safetensors")
+        write_json(
+            folder / "scores.json",
+            {
+                "provenance": asdict(self.provenance),
+                "query_ids": self.query_ids.tolist(),
+                "train_ids": self.train_ids.tolist(),
+            },
+        )
+
+    @classmethod
+    def load(cls, folder: str | Path) -> "Scores":
+        """Read what `save` wrote."""
+        from safetensors.torch import load_file
+
+        about = read_json(Path(folder) / "scores.json")
+        return cls(
+            values=load_file(Path(folder) / "scores.safetensors")["values"],
+            query_ids=np.asarray(about["query_ids"]),
+            train_ids=np.asarray(about["train_ids"]),
+            provenance=Provenance(**about["provenance"]),
+        )
+
+    def with_provenance(self, **changes: Any) -> "Scores":
+        """The same values with other facts about them."""
+        return replace(self, provenance=replace(self.provenance, **changes))
+
+
+def check_k(k: int, size: int) -> None:
+    """Raise `DataError` unless `1 <= k <= size`."""
+    if not 1 <= k <= size:
+        raise DataError(f"k is {k} and there are {size} training examples: choose 1 to {size}")
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Write `content` with the format number, through a temporary name so it is whole or absent."""
+    partial = path.with_suffix(path.suffix + ".partial")
+    partial.write_text(json.dumps({"format": FORMAT, **content}, indent=1) + "\n")
+    partial.replace(path)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read what `write_json` wrote.
+
+    Raises:
+        FormatError: the file is missing, damaged or from a newer version.
+    """
+    try:
+        content = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise FormatError(f"{path} does not exist") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise FormatError(f"{path} is damaged: {error}") from error
+    if content.get("format", 0) > FORMAT:
+        raise FormatError(
+            f"{path} has format {content['format']} and this version reads up to {FORMAT}: "
+            "upgrade forebear"
+        )
+    return content
