@@ -74,6 +74,8 @@ class Plan:
         fallback: parameters without a rule, differentiated example by example.
         unseen: trainable parameters that no method sees.
         coverage: share of the trainable parameters in `blocks`.
+        verified: the blocks were compared with autograd.
+        unchecked: blocks whose gradient was zero on the examples of that comparison.
     """
 
     blocks: dict[str, Block]
@@ -82,6 +84,7 @@ class Plan:
     unseen: tuple[str, ...] = ()
     coverage: float = 1.0
     verified: bool = False
+    unchecked: tuple[str, ...] = ()
 
 
 def candidate_blocks(task: Task) -> tuple[dict[str, Block], list[Use], list[str]]:
@@ -95,9 +98,9 @@ def candidate_blocks(task: Task) -> tuple[dict[str, Block], list[Use], list[str]
     blocks: dict[str, Block] = {}
     uses: list[Use] = []
     for module_name, module in task.model.named_modules():
-        local = {
-            key: p for key, p in module.named_parameters(recurse=False) if id(p) in name_of
-        }
+        # Rules know these two; whatever else a module holds is left to the fallback.
+        direct = module.named_parameters(recurse=False)
+        local = {k: p for k, p in direct if id(p) in name_of and k in ("weight", "bias")}
         rule: Any = rule_for(module) if local else None
         if rule is None:
             continue
@@ -116,10 +119,14 @@ def _blocks_of(
 ) -> Iterator[tuple[Block, Role, tuple[str, ...]]]:
     names = {key: name_of[id(p)] for key, p in local.items()}
     if hasattr(rule, "gradients"):
+        if tied:  # each parameter may be shared with another module
+            for key, p in local.items():
+                yield Block(names[key], p.numel(), 1, (names[key],), (p.shape,)), "vector", (key,)
+            return
         keys = tuple(local)
         shapes = tuple(p.shape for p in local.values())
         rows = sum(shape.numel() for shape in shapes)
-        title = names[keys[0]] if tied else module
+        title = module or names[keys[0]]  # the model itself is the module with no name
         yield Block(title, rows, 1, tuple(names.values()), shapes), "vector", keys
         return
     weight, bias = local.get("weight"), local.get("bias")
@@ -127,7 +134,8 @@ def _blocks_of(
         rows, cols = rule.to_matrix(weight).shape
         if bias is not None and not tied:
             params, shapes = (names["weight"], names["bias"]), (weight.shape, bias.shape)
-            yield Block(module, rows, cols + 1, params, shapes, rule), "joint", ("weight", "bias")
+            joint = Block(module or names["weight"], rows, cols + 1, params, shapes, rule)
+            yield joint, "joint", ("weight", "bias")
             return
         title = names["weight"]
         yield Block(title, rows, cols, (title,), (weight.shape,), rule), "weight", ("weight",)

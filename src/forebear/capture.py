@@ -2,18 +2,20 @@
 
 One forward and one backward pass give, for every layer call, the input `a` and the output gradient
 `g`; from them a layer rule makes the per-example gradient in factored form. Weight gradients, a
-third of a plain pass, are never computed: parameters need no gradient while the hooks are in place,
-and the graph starts at the first captured layer instead.
+third of a plain pass, are never computed: parameters need no gradient during the pass, and the
+graph starts at the first captured layer instead.
 """
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from forebear.blocks import Plan, Role
+from forebear.blocks import Block, Plan, Role, Use
 from forebear.data import batch_length, map_tensors
 from forebear.errors import NonFiniteError, TaskError
 from forebear.layers import Factors
@@ -57,59 +59,64 @@ class _Call:
 class Capture:
     """Per-example gradients of the blocks of a plan, batch by batch.
 
-    Use as a context manager: hooks are installed, the model is in evaluation mode and its
-    parameters need no gradient inside the block; everything is restored at the end.
+    Use as a context manager: inside the block hooks are installed and the model is in evaluation
+    mode; everything is restored at the end.
+
+    Attributes:
+        failed: blocks that could not be captured, while their plan is still being checked; with a
+            checked plan the same is an error.
     """
 
     def __init__(self, task: Task, plan: Plan) -> None:
         self.task = task
         self.plan = plan
-        self._modules = {name: task.model.get_submodule(name) for name in _module_names(plan)}
+        self.failed: set[str] = set()
+        self._uses: dict[str, list[Use]] = {}
+        for use in plan.uses:
+            self._uses.setdefault(use.module, []).append(use)
         self._calls: list[_Call] = []
         self._size = 0
         self._active = False
         self._anchor = torch.zeros((), requires_grad=True, device=task.device)
 
     def __enter__(self) -> "Capture":
-        self._frozen = [p for p in self.task.model.parameters() if p.requires_grad]
-        self._evaluation = self.task.evaluation()
-        self._evaluation.__enter__()
-        for parameter in self._frozen:
-            parameter.requires_grad_(False)
-        self._handles = []
-        for name, module in self._modules.items():
-            before = module.register_forward_pre_hook(self._expand, with_kwargs=True)
-            after = module.register_forward_hook(self._record(name), with_kwargs=True)
-            self._handles += [before, after]
+        with ExitStack() as stack:
+            stack.enter_context(self.task.evaluation())
+            stack.enter_context(_layer_by_layer_attention())
+            for name in self._uses:
+                module = self.task.model.get_submodule(name)
+                before = module.register_forward_pre_hook(self._expand, with_kwargs=True)
+                stack.callback(before.remove)
+                after = module.register_forward_hook(self._record(name), with_kwargs=True)
+                stack.callback(after.remove)
+            self._stack = stack.pop_all()
         return self
 
     def __exit__(self, *error: Any) -> None:
-        for handle in self._handles:
-            handle.remove()
-        for parameter in self._frozen:
-            parameter.requires_grad_(True)
-        self._evaluation.__exit__(*error)
+        self._stack.close()
 
     def gradients(self, function: Function, batch: Any) -> tuple[Tensor, Gradients]:
         """Values `[b]` of `function` on the batch and the gradient of each, factored.
+
+        A block that the values do not depend on has one term with no positions, `t = 0`.
 
         Raises:
             TaskError: the values are not `[b]`, or an input was overwritten before its use.
             NonFiniteError: a value or gradient is NaN or infinite; `rows` has the positions.
         """
-        batch = map_tensors(lambda t: t.to(self.task.device), batch)
+        batch = map_tensors(lambda t: t.detach().to(self.task.device), batch)
         self._size = batch_length(batch)
         self._calls, self._active = [], True
         try:
-            with torch.enable_grad():
+            with torch.enable_grad(), only_these_need_gradients(self.task.model, ()):
                 values = per_example(function(self.task.model, batch), self._size, "the loss")
         finally:
             self._active = False
-        _require_finite(values.detach(), "loss")
-        if values.requires_grad and self._modules:
-            torch.autograd.backward(values.sum(), inputs=[self._anchor])
-        gradients: Gradients = {name: [] for name in self.plan.blocks}
         calls, self._calls = self._calls, []
+        _require_finite(values.detach(), "loss")
+        if values.requires_grad and calls:
+            self._backward(values.sum(), calls)
+        gradients: Gradients = {name: [] for name in self.plan.blocks}
         for call in calls:
             self._collect(call, gradients)
         if self.plan.fallback:
@@ -117,7 +124,8 @@ class Capture:
             for name, g in one_by_one.items():
                 gradients[name] = [_vector(g.flatten(1))]
         for name, terms in gradients.items():
-            gradients[name] = _merge(terms)
+            block = self.plan.blocks[name]
+            gradients[name] = _merge(terms, block) or [self._zero(block)]
             for term in gradients[name]:
                 _require_finite_terms(term, name)
         return values.detach(), gradients
@@ -134,16 +142,17 @@ class Capture:
         return tuple(widen(x) for x in args), {key: widen(x) for key, x in kwargs.items()}
 
     def _record(self, name: str) -> Callable[..., Tensor | None]:
-        def hook(module: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> Tensor | None:
-            if not self._active:
+        def hook(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> Tensor | None:
+            if not self._active or not torch.is_grad_enabled():
                 return None
-            a = next(x for x in (*args, *kwargs.values()) if isinstance(x, Tensor))
-            if len(a) != self._size or len(output) != self._size:
-                if self.plan.verified:
-                    raise TaskError(
-                        f"layer {name!r} was called with first dimension {len(a)} for a batch of "
-                        f"{self._size} examples: examples must be its first dimension"
-                    )
+            a = next((x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)), None)
+            if a is None or not isinstance(output, Tensor):
+                self._fail(name, "its input and output must be tensors")
+                return None
+            if not self._fits(name, a, output):
+                first = f"first dimension {len(a) if a.ndim else 0} in"
+                first += f" and {len(output) if output.ndim else 0} out for {self._size} examples"
+                self._fail(name, f"{first}: examples must be the first dimension")
                 return None
             call = _Call(name, a.detach(), a._version)
             if not output.requires_grad:
@@ -156,28 +165,80 @@ class Capture:
 
         return hook
 
-    def _collect(self, call: _Call, gradients: Gradients) -> None:
-        if call.g is None:  # the loss does not depend on this call: its gradient is zero
-            return
-        if call.a._version != call.version:
+    def _fits(self, name: str, a: Tensor, output: Tensor) -> bool:
+        """Whether the first dimension is the examples, or examples times positions."""
+        if not a.ndim or not output.ndim or len(a) != len(output) or not len(a):
+            return False
+        if len(a) == self._size:
+            return True
+        # `[b * t, ...]` is read as t positions of each example. That it is not t examples of each
+        # position, the check of the plan has seen, unless it never met this layer.
+        unseen = all(use.block in self.plan.unchecked for use in self._uses[name])
+        return len(a) % self._size == 0 and not unseen
+
+    def _fail(self, module: str, reason: str) -> None:
+        if self.plan.verified:
+            raise TaskError(f"layer {module!r} cannot be captured: {reason}; exclude it by layers=")
+        self.failed.update(use.block for use in self._uses[module])
+
+    def _backward(self, total: Tensor, calls: list[_Call]) -> None:
+        try:
+            torch.autograd.backward(total, inputs=[self._anchor])
+        except RuntimeError:
+            # torch tells which operation found its input overwritten; say at which layer it was.
+            for call in calls:
+                self._require_kept(call)
+            raise
+
+    def _require_kept(self, call: _Call) -> None:
+        uses = self._uses[call.module]
+        if call.a._version != call.version and any(use.role != "bias" for use in uses):
             raise TaskError(
                 f"the input of layer {call.module!r} was overwritten in place after the call: its "
                 "gradient cannot be formed; use the out-of-place form of that operation"
             )
-        layer = self._modules[call.module]
+
+    def _collect(self, call: _Call, gradients: Gradients) -> None:
+        if call.g is None:  # the loss does not depend on this call: its gradient is zero
+            return
+        self._require_kept(call)
+        try:
+            for use, factors in self._parts(call):
+                gradients[use.block].append(factors)
+        except (AttributeError, KeyError, RuntimeError, ValueError) as error:
+            # A subclass may share its parent's name and not its shapes.
+            if self.plan.verified:
+                raise
+            self._fail(call.module, str(error))
+
+    def _parts(self, call: _Call) -> list[tuple[Use, Factors]]:
+        layer: Any = self.task.model.get_submodule(call.module)
+        assert call.g is not None
         a, g = _at_least_float32(call.a), _at_least_float32(call.g)
         factors: Factors | None = None
-        for use in self.plan.uses:
-            if use.module != call.module:
-                continue
+        named: dict[str, Tensor] | None = None
+        parts: list[tuple[Use, Factors]] = []
+        for use in self._uses[call.module]:
             rule: Any = use.rule
             if use.role == "vector":
-                named = rule.gradients(layer, a, g)
-                parts = [named[local].reshape(self._size, -1) for local in use.local]
-                gradients[use.block].append(_vector(torch.cat(parts, 1)))
+                named = named or rule.gradients(layer, a, g)
+                flat = torch.cat([named[key].flatten(1) for key in use.local], 1)
+                parts.append((use, _vector(flat.view(self._size, -1, flat.shape[1]).sum(1))))
                 continue
-            factors = factors or rule.factors(layer, a, g)
-            gradients[use.block].append(_play(factors, use.role))
+            factors = factors or self._fold(rule.factors(layer, a, g))
+            parts.append((use, _play(factors, use.role)))
+        return parts
+
+    def _fold(self, factors: Factors) -> Factors:
+        """`[b * k, t, ...]` as `[b, k * t, ...]`."""
+        if len(factors.left) == self._size:
+            return factors
+        return Factors(*(x.reshape(self._size, -1, *x.shape[2:]) for x in factors))
+
+    def _zero(self, block: Block) -> Factors:
+        parameter = self.task.model.get_parameter(block.parameters[0])
+        empty = _at_least_float32(parameter.detach()).new_empty
+        return Factors(empty(self._size, 0, block.rows), empty(self._size, 0, block.cols))
 
 
 def per_example_gradients(
@@ -187,26 +248,58 @@ def per_example_gradients(
 
     Uses `vmap`, and one example at a time where the model does something `vmap` cannot.
     """
-    wrapped = _Wrapped(model, function)
+    with _layer_by_layer_attention():
+        try:
+            grads = _vectorised(model, names, function, batch)
+        except Exception:
+            # vmap refuses in many ways (recurrent layers, branches on values, random numbers). A
+            # true fault of the function shows again below, without functorch's frames around it.
+            grads = _one_by_one(model, names, function, batch)
+    return {name: _at_least_float32(g) for name, g in grads.items()}
+
+
+def _vectorised(
+    model: nn.Module, names: tuple[str, ...], function: Function, batch: Any
+) -> dict[str, Tensor]:
+    wrapped = Wrapped(model, function)
     parameters = dict(model.named_parameters())
     chosen = {f"model.{name}": parameters[name].detach() for name in names}
+    columns: list[Tensor] = []
+    map_tensors(lambda t: columns.append(t) if t.ndim else None, batch)
 
-    def value(chosen: dict[str, Tensor], example: Any) -> Tensor:
-        one = map_tensors(lambda t: t[None], example)
+    def value(chosen: dict[str, Tensor], *example: Tensor) -> Tensor:
+        leaves = iter(example)
+        one = map_tensors(lambda t: next(leaves)[None] if t.ndim else t, batch)
         return torch.func.functional_call(wrapped, chosen, (one,))[0]
 
-    try:
-        grads = torch.func.vmap(torch.func.grad(value), (None, 0))(chosen, batch)
-    except RuntimeError:
-        loop = [
-            torch.func.grad(value)(chosen, map_tensors(lambda t, i=i: t[i], batch))
-            for i in range(batch_length(batch))
-        ]
-        grads = {name: torch.stack([g[name] for g in loop]) for name in chosen}
-    return {name.removeprefix("model."): _at_least_float32(g) for name, g in grads.items()}
+    axes = (None, *(0 for _ in columns))
+    grads = torch.func.vmap(torch.func.grad(value), axes)(chosen, *columns)
+    return {name.removeprefix("model."): g for name, g in grads.items()}
 
 
-class _Wrapped(nn.Module):
+def _one_by_one(
+    model: nn.Module, names: tuple[str, ...], function: Function, batch: Any
+) -> dict[str, Tensor]:
+    rows: list[tuple[Tensor, ...]] = []
+    with torch.enable_grad(), only_these_need_gradients(model, names) as parameters:
+        for i in range(batch_length(batch)):
+            one = map_tensors(lambda t, i=i: t[i : i + 1] if t.ndim else t, batch)
+            rows.append(dense_gradients(function(model, one)[0], parameters))
+    return {name: torch.stack(g) for name, g in zip(names, zip(*rows, strict=True), strict=True)}
+
+
+def dense_gradients(value: Tensor, parameters: list[nn.Parameter]) -> tuple[Tensor, ...]:
+    """Autograd's gradient of a scalar; zeros for parameters that it does not depend on."""
+    if not value.requires_grad:
+        return tuple(torch.zeros_like(p) for p in parameters)
+    grads = torch.autograd.grad(value, parameters, allow_unused=True)
+    return tuple(
+        torch.zeros_like(p) if g is None else g.to_dense() if g.is_sparse else g
+        for p, g in zip(parameters, grads, strict=True)
+    )
+
+
+class Wrapped(nn.Module):
     """Makes `function(model, batch)` a module call, so that its parameters can be swapped."""
 
     def __init__(self, model: nn.Module, function: Function) -> None:
@@ -215,11 +308,36 @@ class _Wrapped(nn.Module):
         self.function = function
 
     def forward(self, batch: Any) -> Tensor:
+        """The function's value."""
         return self.function(self.model, batch)
 
 
-def _module_names(plan: Plan) -> list[str]:
-    return list(dict.fromkeys(use.module for use in plan.uses))
+@contextmanager
+def only_these_need_gradients(
+    model: nn.Module, names: tuple[str, ...]
+) -> Iterator[list[nn.Parameter]]:
+    """Only the parameters called `names` require gradients inside the block."""
+    before = {p: p.requires_grad for p in model.parameters()}
+    named = dict(model.named_parameters()) if names else {}
+    try:
+        for parameter in before:
+            parameter.requires_grad_(False)
+        yield [named[name].requires_grad_(True) for name in names]
+    finally:
+        for parameter, needs in before.items():
+            parameter.requires_grad_(needs)
+
+
+@contextmanager
+def _layer_by_layer_attention() -> Iterator[None]:
+    # torch runs a whole encoder layer as one fused call when nothing in it needs a gradient, and
+    # then no hook inside is called.
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
 
 
 def _play(factors: Factors, role: Role) -> Factors:
@@ -237,10 +355,12 @@ def _vector(gradient: Tensor) -> Factors:
     return Factors(gradient[:, None], gradient.new_ones(len(gradient), 1, 1))
 
 
-def _merge(terms: list[Factors]) -> list[Factors]:
+def _merge(terms: list[Factors], block: Block) -> list[Factors]:
     """Terms of the same kind joined along t: several calls of a layer are one longer one."""
     if len(terms) < 2:
         return terms
+    if block.rule is None:  # already written out
+        return [_vector(torch.stack([term.left[:, 0] for term in terms]).sum(0))]
     merged: list[Factors] = []
     for kind in (True, False):
         same = [term for term in terms if term.left.is_floating_point() == kind]
@@ -266,5 +386,5 @@ def _require_finite(values: Tensor, what: str) -> None:
 def _require_finite_terms(term: Factors, block: str) -> None:
     for side in term:
         # One sum is finite unless an entry is not; only then is every row looked at.
-        if side.is_floating_point() and not torch.isfinite(side.sum()):
+        if side.is_floating_point() and not math.isfinite(side.sum().item()):
             _require_finite(side, f"gradient of {block!r}")

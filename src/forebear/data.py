@@ -84,6 +84,17 @@ class Data:
             rows = slice(start, min(start + size, len(self)))
             yield rows, self.batch(rows)
 
+    def slice(self, rows: slice) -> "Data":
+        """The examples at `rows`, with their ids."""
+        part = Data.__new__(Data)
+        part.collate, part.ids = self.collate, self.ids[rows]
+        if self.columns is not None:
+            part.columns = part.dataset = map_tensors(lambda c: c[rows], self.columns)
+        else:
+            part.columns = None
+            part.dataset = Subset(self.dataset, range(len(self))[rows])  # type: ignore[arg-type]
+        return part
+
     @cached_property
     def fingerprint(self) -> str:
         """SHA-256 of the content, independent of how it is batched."""

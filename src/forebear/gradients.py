@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 
 from forebear.blocks import Block
+from forebear.capture import Gradients
+from forebear.errors import TaskError
 from forebear.layers import Factors
 
 WORKSPACE = 2**23
@@ -103,6 +105,53 @@ def rows_of(terms: list[Factors], rows: slice) -> list[Factors]:
     return [Factors(left[rows], right[rows]) for left, right in terms]
 
 
+def joined(parts: list[Gradients]) -> Gradients:
+    """Gradients of several batches as one; shorter sequences are padded with zero positions."""
+    if len(parts) == 1:
+        return parts[0]
+    whole: Gradients = {}
+    for name in parts[0]:
+        kinds = {term.left.is_floating_point() for part in parts for term in part[name]}
+        whole[name] = [_joined_terms([part[name] for part in parts], kind) for kind in kinds]
+    return whole
+
+
+def _joined_terms(parts: list[list[Factors]], floating: bool) -> Factors:
+    terms = []
+    for part in parts:
+        same = [term for term in part if term.left.is_floating_point() == floating]
+        if not same:
+            raise TaskError(
+                "a layer was used in some batches of queries and not in others: score queries of "
+                "one kind at a time"
+            )
+        terms.append(same[0])
+    longest = max(term.left.shape[1] for term in terms)
+
+    def padded(x: Tensor) -> Tensor:
+        missing = longest - x.shape[1]
+        return torch.cat([x, x.new_zeros(len(x), missing, *x.shape[2:])], 1) if missing else x
+
+    return Factors(
+        torch.cat([padded(term.left) for term in terms]),
+        torch.cat([padded(term.right) for term in terms]),
+    )
+
+
+def sum_by_row(terms: list[Factors], rows: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients with one-hot left factors as their non-zero rows.
+
+    Returns:
+        example `[u]`, row `[u]` and the row's gradient `[u, cols]`, for each example and row met.
+    """
+    (left, right) = terms[0]
+    example = torch.arange(len(left), device=left.device)[:, None].expand_as(left)
+    keys, inverse = (example * rows + left).flatten().unique(return_inverse=True)
+    summed = right.new_zeros(len(keys), right.shape[2])
+    summed.index_add_(0, inverse, right.flatten(0, 1))
+    return keys // rows, keys % rows, summed
+
+
 def _outer(left: Tensor, right: Tensor) -> Tensor:
     """`Σ_t left_t ⊗ right_t`, `[b, rows, cols]`."""
     if left.shape[1] == 1:
@@ -122,20 +171,22 @@ def _add_matrix_products(out: Tensor, matrix: Tensor, train: list[Factors], bloc
 def _add_ghost_products(out: Tensor, query: Factors, train: Factors) -> None:
     tq, tb = query.left.shape[1], train.left.shape[1]
     if tq == 1 and tb == 1 and _floating(query, train):
+        if train.right.shape[2] == 1:  # a vector; a number each, folded into the left factor
+            folded = (query.left * query.right)[:, 0], (train.left * train.right)[:, 0]
+            out.addmm_(folded[0], folded[1].T)
+            return
         lefts = query.left[:, 0] @ train.left[:, 0].T  # [q, b]
-        if train.right.shape[2] == 1:
-            rights = query.right[:, 0] * train.right[:, 0].T
-        else:
-            rights = query.right[:, 0] @ train.right[:, 0].T
-        out.addcmul_(lefts, rights)
+        out.addcmul_(lefts, query.right[:, 0] @ train.right[:, 0].T)
+        return
+    if tq == 0 or tb == 0:  # a layer that was not reached
         return
     size = out.shape[1]
     step = max(1, WORKSPACE // (tq * tb * size))
     for start in range(0, len(out), step):
         rows = slice(start, start + step)
-        lefts = _left_products(query.left[rows], train.left)  # [q * tq, b * tb]
-        lefts *= query.right[rows].flatten(0, 1) @ train.right.flatten(0, 1).T
-        out[rows] += lefts.view(-1, tq, size, tb).sum((1, 3))
+        products = query.right[rows].flatten(0, 1) @ train.right.flatten(0, 1).T
+        products *= _left_products(query.left[rows], train.left)  # [q * tq, b * tb]
+        out[rows] += products.view(-1, tq, size, tb).sum((1, 3))
 
 
 def _floating(*factors: Factors) -> bool:
@@ -151,7 +202,7 @@ def _left_products(query: Tensor, train: Tensor) -> Tensor:
         return query[:, train]
     if train.is_floating_point():
         return train[:, query].T.contiguous()
-    return (query[:, None] == train[None]).to(torch.get_default_dtype())
+    return query[:, None] == train[None]
 
 
 def _left_gram(one: Tensor, other: Tensor) -> Tensor:

@@ -1,51 +1,77 @@
 """Deciding which parameters a method sees, and checking it against autograd on a real batch."""
 
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor
 
 from forebear.blocks import Block, Plan, Use, candidate_blocks
-from forebear.capture import Capture
-from forebear.data import Data, batch_length, map_tensors
-from forebear.errors import CoverageWarning, TaskError
+from forebear.capture import Capture, dense_gradients, only_these_need_gradients
+from forebear.data import Data, map_tensors
+from forebear.errors import CoverageWarning, NonFiniteError, TaskError
 from forebear.gradients import materialise
+from forebear.layers import Factors
+from forebear.stream import named
 from forebear.task import Task
 
 PROBE = 4  # examples in the check: enough to mix them up, cheap enough to forget
 FALLBACK_LIMIT = 2**22  # parameters without a rule are written out for every example of a batch
 TOLERANCE = 2e-3  # of the gradient's norm; a wrong rule is off by much more
+HALF_TOLERANCE = 0.05  # for float16 and bfloat16, where autograd itself rounds so much
+NOISE = 1e-6  # of the whole gradient's norm: gradients that are zero but for rounding
 
 
 def make_plan(task: Task, data: Data) -> Plan:
     """The plan for a task: every block is compared with autograd on the first examples.
 
-    A block whose summed per-example gradients differ from autograd's (a layer used functionally,
-    a subclass that computes something else) goes to the general fallback, one too large for that
-    is named in a `CoverageWarning`: nothing is skipped in silence.
+    A block whose per-example gradients differ from autograd's (a layer used functionally, a
+    subclass that computes something else) goes to the general fallback, one too large for that is
+    named in a `CoverageWarning`: nothing is skipped in silence.
 
     Raises:
         TaskError: the loss is not `[b]`, or an example's loss depends on its batch.
+        NonFiniteError: the loss or gradient of one of the first examples is NaN or infinite.
     """
-    batch = data.batch(slice(0, min(PROBE, len(data))))
-    batch = map_tensors(lambda t: t.to(task.device), batch)
+    rows = torch.arange(PROBE) % len(data)
+    batch = map_tensors(lambda t: t.detach().to(task.device), data.batch(rows))
     blocks, uses, without_rule = candidate_blocks(task)
-    plan = Plan(blocks, tuple(uses))
-    with task.evaluation():
+    # Only with different weights does a sum over examples show that two of them were mixed up.
+    weights = torch.arange(1.0, PROBE + 1, device=task.device)
+    with Capture(task, Plan(blocks, tuple(uses))) as capture:
         _require_independent(task, batch)
-        truth = _autograd(task, batch)
-    with Capture(task, plan) as capture:
-        _, gradients = capture.gradients(task.losses, batch)
-    wrong = {name for name, block in blocks.items() if not _agrees(block, gradients[name], truth)}
+        # Losses that draw noise (diffusion) must draw the same in both passes.
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            try:
+                _, gradients = capture.gradients(task.losses, batch)
+            except NonFiniteError as error:
+                error.rows = getattr(error, "rows", rows[:0]) % len(data)  # type: ignore[attr-defined]
+                raise named(error, data, slice(0, PROBE)) from None
+            torch.manual_seed(0)
+            truth = _autograd(task, batch, weights)
+    noise = NOISE * sum(g.double().square().sum() for g in truth.values()) ** 0.5
+    wrong = capture.failed | {
+        name
+        for name, block in blocks.items()
+        if not _agrees(block, gradients[name], truth, weights, float(noise))
+    }
     leftover = [p for name in wrong for p in blocks[name].parameters] + without_rule
-    return _complete(task, blocks, uses, wrong, leftover)
+    unchecked = tuple(
+        name
+        for name, block in blocks.items()
+        if name not in wrong and not any(truth[p].any() for p in block.parameters)
+    )
+    return _complete(task, blocks, uses, wrong, leftover, unchecked)
 
 
 def _complete(
-    task: Task, blocks: dict[str, Block], uses: list[Use], wrong: set[str], leftover: list[str]
+    task: Task,
+    blocks: dict[str, Block],
+    uses: list[Use],
+    wrong: set[str],
+    leftover: list[str],
+    unchecked: tuple[str, ...],
 ) -> Plan:
     parameters = task.selected_parameters()
     leftover = [name for name in parameters if name in leftover]
@@ -55,12 +81,15 @@ def _complete(
     for name in fallback:
         shape = parameters[name].shape
         kept[name] = Block(name, shape.numel(), 1, (name,), (shape,))
+    place = {name: i for i, name in enumerate(parameters)}
+    kept = dict(sorted(kept.items(), key=lambda item: place[item[1].parameters[0]]))
     trainable = sum(p.numel() for p in task.model.parameters() if p.requires_grad)
     coverage = sum(block.size for block in kept.values()) / trainable
     if unseen:
         warnings.warn(
-            f"coverage is {coverage:.1%}: no rule sees {', '.join(unseen)} and each is too large to "
-            "be differentiated example by example; exclude them with layers=, or add a layer rule",
+            f"coverage is {coverage:.1%}: no rule sees {', '.join(unseen)} and each is too large "
+            "to be differentiated example by example; exclude them with layers=, or add a layer "
+            "rule",
             CoverageWarning,
             stacklevel=4,
         )
@@ -68,65 +97,54 @@ def _complete(
         raise TaskError("no trainable parameter is left to attribute to: see the coverage warning")
     return Plan(
         blocks=kept,
-        uses=tuple(use for use in uses if use.block in kept),
+        uses=tuple(use for use in uses if use.block in kept and use.block not in wrong),
         fallback=tuple(fallback),
         unseen=tuple(unseen),
         coverage=coverage,
         verified=True,
+        unchecked=unchecked,
     )
 
 
-def _autograd(task: Task, batch: Any) -> dict[str, torch.Tensor]:
-    names = list(task.selected_parameters())
-    with torch.enable_grad(), _only_these_need_gradients(task.model, names) as parameters:
-        total = task.losses(task.model, batch).sum()
-        if not total.requires_grad:
+def _autograd(task: Task, batch: Any, weights: Tensor) -> dict[str, Tensor]:
+    names = tuple(task.selected_parameters())
+    with torch.enable_grad(), only_these_need_gradients(task.model, names) as parameters:
+        losses = task.losses(task.model, batch)
+        if not losses.requires_grad:
             raise TaskError(
                 "the loss does not depend on any selected parameter: is it computed under "
                 "torch.no_grad() or from detached outputs?"
             )
-        grads = torch.autograd.grad(total, parameters, allow_unused=True)
-    return {
-        name: torch.zeros_like(p) if g is None else g
-        for name, p, g in zip(names, parameters, grads, strict=True)
-    }
+        grads = dense_gradients((weights.to(losses.dtype) * losses).sum(), parameters)
+    return dict(zip(names, grads, strict=True))
 
 
-def _agrees(block: Block, terms: list[Any], truth: dict[str, torch.Tensor]) -> bool:
+def _agrees(
+    block: Block, terms: list[Factors], truth: dict[str, Tensor], weights: Tensor, noise: float
+) -> bool:
     expected = block.matrix(truth).double()
-    if not terms:
-        return not expected.any()
-    got = materialise(terms, block).double().sum(0)
-    half = next(iter(truth.values())).dtype in (torch.float16, torch.bfloat16)
-    tolerance = 0.05 if half else TOLERANCE
-    return bool((got - expected).norm() <= tolerance * expected.norm() + 1e-7)
+    got = torch.einsum("b,brc->rc", weights.double(), materialise(terms, block).double())
+    half = any(truth[p].dtype in (torch.float16, torch.bfloat16) for p in block.parameters)
+    tolerance = HALF_TOLERANCE if half else TOLERANCE
+    return bool((got - expected).norm() <= tolerance * expected.norm() + noise)
 
 
 def _require_independent(task: Task, batch: Any) -> None:
     """Per-example attribution has no meaning when examples influence each other's loss."""
-    if batch_length(batch) < 2:
-        task.losses(task.model, batch)
-        return
-    with torch.no_grad():
-        together, again = (task.losses(task.model, batch) for _ in range(2))
-        if not torch.equal(together, again):
-            return  # the loss draws its own noise, so this check cannot tell
-        alone = task.losses(task.model, map_tensors(lambda t: t[:1] if t.ndim else t, batch))[0]
+    # Not under no_grad: a loss may differentiate inside.
+    together, again = (task.losses(task.model, batch).detach() for _ in range(2))
+    if not torch.equal(together, again):
+        return  # the loss draws its own noise, so this check cannot tell
+    first = map_tensors(lambda t: t[:1] if t.ndim else t, batch)
+    try:
+        alone = task.losses(task.model, first).detach()[0]
+    except Exception as error:
+        raise TaskError(
+            f"the loss works on {len(together)} examples and fails on the first alone ({error}): "
+            "it must not depend on the batch"
+        ) from error
     if not torch.allclose(alone, together[0], rtol=0.02, atol=1e-3):
         raise TaskError(
             f"the loss of an example depends on its batch: {alone.item():.6g} alone, "
             f"{together[0].item():.6g} among {len(together)}; return each example's own loss"
         )
-
-
-@contextmanager
-def _only_these_need_gradients(model: nn.Module, names: list[str]) -> Iterator[list[nn.Parameter]]:
-    before = {p: p.requires_grad for p in model.parameters()}
-    named = dict(model.named_parameters())
-    try:
-        for parameter in before:
-            parameter.requires_grad_(False)
-        yield [named[name].requires_grad_(True) for name in names]
-    finally:
-        for parameter, needs in before.items():
-            parameter.requires_grad_(needs)

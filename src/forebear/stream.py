@@ -7,7 +7,7 @@ from torch import Tensor
 
 from forebear.blocks import Plan
 from forebear.capture import Capture, Function, Gradients
-from forebear.data import Data
+from forebear.data import Batch, Data
 from forebear.errors import NonFiniteError
 from forebear.progress import track
 from forebear.task import Task
@@ -39,15 +39,26 @@ class Stream:
         Raises:
             NonFiniteError: with the ids of the examples.
         """
-        steps = -(-len(self.data) // self.batch_size)
-        batches = self.data.batches(self.batch_size)
         with Capture(self.task, self.plan) as capture:
-            for rows, batch in track(batches, description, total=steps):
+            for rows, batch in self.batches(description):
                 try:
                     values, gradients = capture.gradients(function, batch)
                 except NonFiniteError as error:
                     raise named(error, self.data, rows) from None
                 yield rows, values, gradients
+
+    def at(self, rows: slice, function: Function) -> tuple[Tensor, Gradients]:
+        """Values and gradients of one batch."""
+        with Capture(self.task, self.plan) as capture:
+            try:
+                return capture.gradients(function, self.data.batch(rows))
+            except NonFiniteError as error:
+                raise named(error, self.data, rows) from None
+
+    def batches(self, description: str) -> Iterator[tuple[slice, Batch]]:
+        """Positions and batches, with a progress bar."""
+        steps = -(-len(self.data) // self.batch_size)
+        return track(self.data.batches(self.batch_size), description, total=steps)
 
 
 def named(error: NonFiniteError, data: Data, rows: slice) -> NonFiniteError:

@@ -20,13 +20,14 @@ class Provenance:
     """Where scores come from; two things may be compared only when these agree.
 
     `units` is `"removal"` (the measurement with the example minus without it, 1/n included) or
-    `"ranking"` (only the order counts). `coverage` is the share of the trainable parameters seen.
+    `"ranking"` (only the order counts). `coverage` is the share of the trainable parameters seen; None
+    for methods that use no gradients.
     """
 
     method: str
     settings: Mapping[str, Any] = field(default_factory=dict)
     units: str = "ranking"
-    coverage: float = 1.0
+    coverage: float | None = None
     model: str = ""
     train: str = ""
     queries: str = ""
@@ -109,9 +110,10 @@ class Scores:
     def __repr__(self) -> str:
         queries, train = self.values.shape
         about = self.provenance
+        seen = "" if about.coverage is None else f", coverage {about.coverage:.0%}"
         return (
-            f"Scores({about.method}: {queries} queries × {train} examples, {about.units} units, "
-            f"coverage {about.coverage:.0%})"
+            f"Scores({about.method}: {queries} queries × {train} examples, "
+            f"{about.units} units{seen})"
         )
 
     def top(self, k: int = 10, *, opponents: bool = False) -> TopK:

@@ -1,9 +1,9 @@
 """Layer rules: pure functions of (layer, input, output gradient), one file a layer type.
 
 `RULES` maps the class name of a layer (with its module where the name alone is ambiguous) to the
-file whose `rule(layer)` gives its per-example gradients. Every rule is checked against autograd on the first
-batch of each fit, so a class that has a familiar name but computes something else falls back to
-the general path instead of giving wrong gradients.
+file whose `rule(layer)` gives its per-example gradients. Every rule is checked against autograd on
+the first examples of each fit, so a class that has a familiar name but computes something else
+falls back to the general path instead of giving wrong gradients.
 """
 
 from importlib import import_module
@@ -21,6 +21,7 @@ RULES = {
     "LayerNorm": "norm",
     "GroupNorm": "norm",
     "RMSNorm": "norm",
+    "T5LayerNorm": "norm",
     "BatchNorm1d": "norm",
     "BatchNorm2d": "norm",
 }
@@ -29,12 +30,13 @@ RULES = {
 def rule_for(layer: nn.Module) -> MatrixRule | VectorRule | None:
     """The rule of a layer's class or of the nearest class it derives from; None if there is none.
 
-    Families whose members share a formula under many names (`LlamaRMSNorm`, `Qwen2RMSNorm`) are
-    found by the end of the name.
+    Families whose members share a formula under many names (`LlamaRMSNorm`, `Qwen2RMSNorm`,
+    `MT5LayerNorm`) are found by the end of the name.
     """
     for cls in type(layer).__mro__:
-        module = RULES.get(f"{cls.__module__}.{cls.__qualname__}") or RULES.get(cls.__qualname__)
-        if module is None and cls.__qualname__.endswith("RMSNorm"):
+        name = cls.__qualname__
+        module = RULES.get(f"{cls.__module__}.{name}") or RULES.get(name)
+        if module is None and name.endswith(("RMSNorm", "T5LayerNorm")):
             module = RULES["RMSNorm"]
         if module is not None:
             return import_module(f"forebear.layers.{module}").rule(layer)

@@ -8,6 +8,8 @@ from torch import Tensor, nn
 class Factors(NamedTuple):
     """Gradient of a weight matrix, kept factored: `Σ_t left_t ⊗ right_t`.
 
+    A gradient that is zero because its layer was not reached has `t = 0`.
+
     Attributes:
         left: `[b, t, rows]`, or `[b, t]` integers that stand for one-hot rows.
         right: `[b, t, cols]`.
@@ -43,5 +45,9 @@ class VectorRule(Protocol):
     """A layer whose per-example gradients are cheap to write out."""
 
     def gradients(self, layer: nn.Module, a: Tensor, g: Tensor) -> dict[str, Tensor]:
-        """Gradient of each example's loss for each direct parameter, `name -> [b, *shape]`."""
+        """Gradient of each example's loss, `name -> [b, *shape]`.
+
+        The names are `weight` and `bias`, where the layer has them; other parameters of the layer
+        are left to the general fallback.
+        """
         ...

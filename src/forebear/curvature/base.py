@@ -1,0 +1,58 @@
+"""What a curvature is to the methods: an inner product between gradients."""
+
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from forebear.blocks import Plan
+from forebear.capture import Function, Gradients
+from forebear.curvature.damping import Damping
+from forebear.stream import Stream
+
+QUERY_BYTES = 2**28
+"""Memory that prepared queries may take at a time (256 MB); more queries come in groups."""
+
+
+class FittedCurvature(Protocol):
+    """The inner product `⟨p, q⟩ = pᵀ (C + λI)⁻¹ q` of a fitted curvature C.
+
+    Work that depends only on queries is done once, in `prepare`.
+    """
+
+    def query_bytes(self, query: Gradients, queries: int) -> int:
+        """Bytes that one prepared query takes, judged by the shapes of one, among so many."""
+        ...
+
+    def prepare(self, queries: Gradients) -> Any:
+        """Whatever `products` needs of the queries."""
+        ...
+
+    def products(self, prepared: Any, train: Gradients) -> Tensor:
+        """Inner products of all pairs, `[q, b]`."""
+        ...
+
+    def squared_norms(self, gradients: Gradients) -> Tensor:
+        """Inner product of each gradient with itself, `[b]`."""
+        ...
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The fitted state, to be saved."""
+        ...
+
+    def damping_used(self) -> dict[str, float]:
+        """λ of each block."""
+        ...
+
+
+class Curvature(Protocol):
+    """A choice of C: a frozen configuration."""
+
+    def fit(
+        self, stream: Stream, function: Function, damping: Damping, seed: int
+    ) -> FittedCurvature:
+        """Estimate C from the gradients of `function` over a stream."""
+        ...
+
+    def restore(self, plan: Plan, tensors: dict[str, Tensor]) -> FittedCurvature:
+        """The fitted curvature that was saved as `tensors`."""
+        ...

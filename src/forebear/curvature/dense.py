@@ -1,0 +1,252 @@
+"""Dense curvature over all blocks together: exact, for few parameters or projected gradients."""
+
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from forebear.blocks import Plan
+from forebear.capture import Function, Gradients
+from forebear.curvature.damping import Damping
+from forebear.curvature.identity import empty_products
+from forebear.curvature.moments import add_gram
+from forebear.data import map_tensors
+from forebear.errors import NumericalWarning, TaskError
+from forebear.gradients import QuerySide, add_products, materialise
+from forebear.layers import Factors
+from forebear.stream import Stream
+
+LARGEST = 20_000
+"""Parameters beyond which a dense matrix is refused (3.2 GB in double precision)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Dense:
+    """An exact `[P, P]` curvature of the mean training loss.
+
+    Attributes:
+        kind: `"hessian"`, `"gauss_newton"` (exact, from the model's outputs), or `"fisher"`: the
+            second moment of the gradients themselves (empirical Fisher; TRAK's `ΦᵀΦ / n`).
+        indefinite: what becomes of negative eigenvalues of a Hessian: their `"absolute"` value,
+            `"clip"` to zero, or `"keep"` them, with a warning when damping does not cover them.
+    """
+
+    kind: Literal["hessian", "gauss_newton", "fisher"] = "hessian"
+    indefinite: Literal["absolute", "clip", "keep"] = "absolute"
+
+    def fit(self, stream: Stream, function: Function, damping: Damping, seed: int) -> "FittedDense":
+        """Accumulate the matrix over the stream and factorise it.
+
+        Raises:
+            TaskError: there are more than `LARGEST` parameters, or the matrix is singular.
+        """
+        size = sum(block.size for block in stream.plan.blocks.values())
+        if size > LARGEST:
+            raise TaskError(
+                f"a dense curvature of {size} parameters does not fit: select fewer with layers= "
+                f"(up to {LARGEST}), or use kfac, ekfac or trak"
+            )
+        matrix = {
+            "hessian": self._hessian,
+            "gauss_newton": self._gauss_newton,
+            "fisher": self._fisher,
+        }[self.kind](stream, function)
+        matrix /= len(stream.data)
+        value = damping.value((matrix.diagonal().sum() / size).item())
+        if self.kind == "hessian":
+            return self._diagonalised(stream.plan, matrix, value)
+        return FittedDense(stream.plan, value, factor=_cholesky(matrix, value))
+
+    def restore(self, plan: Plan, tensors: dict[str, Tensor]) -> "FittedDense":
+        """From the saved factorisation."""
+        return FittedDense(
+            plan,
+            tensors["damping"].item(),
+            factor=tensors.get("factor"),
+            vectors=tensors.get("vectors"),
+            inverse=tensors.get("inverse"),
+        )
+
+    def _fisher(self, stream: Stream, function: Function) -> Tensor:
+        total: Tensor | None = None
+        for _, _, gradients in stream.gradients(function, "second moments"):
+            for rows in flat(gradients, stream.plan):
+                total = rows.new_zeros(rows.shape[1], rows.shape[1]) if total is None else total
+                add_gram(total, rows)
+        assert total is not None
+        return total
+
+    def _gauss_newton(self, stream: Stream, function: Function) -> Tensor:
+        objective = stream.task.objective
+        outputs = _outputs_per_example(stream)
+        total: Tensor | None = None
+        for k in range(outputs):
+
+            def part(model: Any, batch: Any, k: int = k) -> Tensor:
+                out = objective.outputs(model, batch)
+                root = _root_of_output_hessian(objective, out.detach(), batch)  # [b, c, c]
+                return (out.flatten(1) * root[:, :, k]).sum(1)
+
+            moment = self._fisher(stream, part)
+            total = moment if total is None else total.add_(moment)
+        assert total is not None
+        return total
+
+    def _hessian(self, stream: Stream, function: Function) -> Tensor:
+        from forebear.capture import Wrapped
+
+        task, plan = stream.task, stream.plan
+        wrapped = Wrapped(task.model, function)
+        names = [name for block in plan.blocks.values() for name in block.parameters]
+        parameters = dict(task.model.named_parameters())
+        point = torch.cat(
+            [
+                block.matrix({n: parameters[n].detach() for n in block.parameters}).reshape(-1)
+                for block in plan.blocks.values()
+            ]
+        )
+
+        def total_loss(vector: Tensor, batch: Any) -> Tensor:
+            pieces = vector.split([block.size for block in plan.blocks.values()])
+            chosen: dict[str, Tensor] = {}
+            for piece, block in zip(pieces, plan.blocks.values(), strict=True):
+                chosen |= block.split(piece.view(block.rows, block.cols))
+            chosen = {f"model.{name}": chosen[name] for name in names}
+            return torch.func.functional_call(wrapped, chosen, (batch,)).sum()
+
+        rows = torch.func.jacrev(torch.func.grad(total_loss), chunk_size=64)
+        total = point.new_zeros(len(point), len(point))
+        with task.evaluation():
+            for _, batch in stream.batches("Hessian"):
+                total += rows(point, map_tensors(lambda t: t.to(task.device), batch)).detach()
+        return 0.5 * (total + total.T)
+
+    def _diagonalised(self, plan: Plan, matrix: Tensor, damping: float) -> "FittedDense":
+        values, vectors = torch.linalg.eigh(matrix.double())
+        lowest = values[0].item()
+        if self.indefinite == "absolute":
+            values = values.abs()
+        elif self.indefinite == "clip":
+            values = values.clamp_min(0)
+        elif lowest + damping < 0:
+            warnings.warn(
+                f"the Hessian's lowest eigenvalue is {lowest:.3g} and damping {damping:.3g} does "
+                "not cover it: scores may have the wrong sign; use indefinite='absolute'",
+                NumericalWarning,
+                stacklevel=4,
+            )
+        shifted = values + damping
+        if not shifted.abs().min() > 1e-14 * shifted.abs().max():
+            raise TaskError(
+                f"the damped Hessian is singular (λ = {damping:.3g}): increase the damping"
+            )
+        return FittedDense(
+            plan, damping, vectors=vectors.to(matrix.dtype), inverse=(1 / shifted).to(matrix.dtype)
+        )
+
+
+@dataclass(frozen=True)
+class FittedDense:
+    """`(C + λI)⁻¹` as a Cholesky factor, or as eigenvectors and inverse eigenvalues."""
+
+    plan: Plan
+    damping: float
+    factor: Tensor | None = None
+    vectors: Tensor | None = None
+    inverse: Tensor | None = None
+
+    def solve(self, rows: Tensor) -> Tensor:
+        """`(C + λI)⁻¹` applied to each row of `[m, P]`."""
+        if self.factor is not None:
+            return torch.cholesky_solve(rows.T.to(self.factor.dtype), self.factor).T.to(rows.dtype)
+        assert self.vectors is not None and self.inverse is not None
+        return (rows @ self.vectors * self.inverse) @ self.vectors.T
+
+    def query_bytes(self, query: Gradients, queries: int) -> int:
+        """One dense gradient."""
+        return 4 * sum(block.size for block in self.plan.blocks.values())
+
+    def prepare(self, queries: Gradients) -> dict[str, QuerySide]:
+        """Solved queries, cut into blocks."""
+        solved = self.solve(torch.cat(list(flat(queries, self.plan))))
+        sides = {}
+        pieces = solved.split([block.size for block in self.plan.blocks.values()], 1)
+        for (name, block), piece in zip(self.plan.blocks.items(), pieces, strict=True):
+            if block.cols == 1:
+                ones = piece.new_ones(len(piece), 1, 1)
+                sides[name] = QuerySide(terms=[Factors(piece[:, None].contiguous(), ones)])
+            else:
+                sides[name] = QuerySide(matrix=piece.reshape(-1, block.rows, block.cols))
+        return sides
+
+    def products(self, prepared: dict[str, QuerySide], train: Gradients) -> Tensor:
+        """Inner products of all pairs, `[q, b]`."""
+        out = empty_products(prepared, train)
+        for name, block in self.plan.blocks.items():
+            add_products(out, prepared[name], train[name], block)
+        return out
+
+    def squared_norms(self, gradients: Gradients) -> Tensor:
+        """`gᵀ (C + λI)⁻¹ g`, `[b]`."""
+        return torch.cat([(self.solve(g) * g).sum(1) for g in flat(gradients, self.plan)])
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The factorisation."""
+        parts = {
+            "damping": torch.tensor(self.damping, dtype=torch.float64),
+            "factor": self.factor,
+            "vectors": self.vectors,
+            "inverse": self.inverse,
+        }
+        return {key: value for key, value in parts.items() if value is not None}
+
+    def damping_used(self) -> dict[str, float]:
+        """One λ for all."""
+        return {"all": self.damping}
+
+
+def flat(gradients: Gradients, plan: Plan) -> Iterator[Tensor]:
+    """Gradients written out over all blocks, `[c, P]`."""
+    blocks = plan.blocks.items()
+    yield torch.cat([materialise(gradients[name], block).flatten(1) for name, block in blocks], 1)
+
+
+def _cholesky(matrix: Tensor, damping: float) -> Tensor:
+    matrix.diagonal().add_(damping)
+    factor, failed = torch.linalg.cholesky_ex(matrix)
+    if failed:
+        factor, failed = torch.linalg.cholesky_ex(matrix.double())
+    if failed:
+        raise TaskError(
+            f"the curvature is singular with damping λ = {damping:.3g}: it has {len(matrix)} "
+            "dimensions and fewer independent gradients; increase the damping"
+        )
+    return factor
+
+
+def _outputs_per_example(stream: Stream) -> int:
+    batch = stream.data.batch(slice(0, 1))
+    batch = map_tensors(lambda t: t.to(stream.task.device), batch)
+    with stream.task.evaluation(), torch.no_grad():
+        outputs = stream.task.objective.outputs(stream.task.model, batch)
+    if outputs.numel() > 1000:
+        raise TaskError(
+            f"the exact Gauss-Newton matrix needs a pass for each of {outputs.numel()} outputs of "
+            "an example: use kind='fisher', or ekfac, which samples targets instead"
+        )
+    return outputs.numel()
+
+
+def _root_of_output_hessian(objective: Any, outputs: Tensor, batch: Any) -> Tensor:
+    """`R` `[b, c, c]` with `R Rᵀ` the Hessian of the loss in the outputs."""
+
+    def loss(output: Tensor, example: Any) -> Tensor:
+        return objective.loss(output[None], map_tensors(lambda t: t[None], example))[0]
+
+    hessian = torch.func.vmap(torch.func.hessian(loss))(outputs, batch)
+    size = outputs[0].numel()
+    values, vectors = torch.linalg.eigh(hessian.reshape(-1, size, size))
+    return vectors * values.clamp_min(0).sqrt()[:, None]

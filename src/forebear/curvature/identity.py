@@ -1,0 +1,81 @@
+"""No curvature: the Euclidean inner product of gradients."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from forebear.blocks import Plan
+from forebear.capture import Function, Gradients
+from forebear.curvature.damping import Damping
+from forebear.gradients import (
+    QuerySide,
+    add_products,
+    positions_of,
+    prefers_matrix,
+    query_side,
+    squared_norms,
+)
+from forebear.stream import Stream
+
+
+@dataclass(frozen=True)
+class Identity:
+    """C + λI is the identity: gradients are compared as they are."""
+
+    def fit(
+        self, stream: Stream, function: Function, damping: Damping, seed: int
+    ) -> "FittedIdentity":
+        """Nothing is estimated: no pass over the data."""
+        return FittedIdentity(stream.plan)
+
+    def restore(self, plan: Plan, tensors: dict[str, Tensor]) -> "FittedIdentity":
+        """Nothing was saved."""
+        return FittedIdentity(plan)
+
+
+@dataclass(frozen=True)
+class FittedIdentity:
+    """Euclidean products, factored or written out per block, whichever is cheaper."""
+
+    plan: Plan
+
+    def query_bytes(self, query: Gradients, queries: int) -> int:
+        """Written-out matrices where those are cheaper, else factors."""
+        total = 0
+        for name, block in self.plan.blocks.items():
+            t = positions_of(query[name])
+            matrix = prefers_matrix(block, t, queries)
+            total += 4 * (block.size if matrix else t * (block.rows + block.cols))
+        return total
+
+    def prepare(self, queries: Gradients) -> dict[str, QuerySide]:
+        """One side a block."""
+        return {name: query_side(queries[name], b) for name, b in self.plan.blocks.items()}
+
+    def products(self, prepared: dict[str, QuerySide], train: Gradients) -> Tensor:
+        """Inner products of all pairs, `[q, b]`."""
+        out = empty_products(prepared, train)
+        for name, block in self.plan.blocks.items():
+            add_products(out, prepared[name], train[name], block)
+        return out
+
+    def squared_norms(self, gradients: Gradients) -> Tensor:
+        """Squared Euclidean norms, `[b]`."""
+        blocks = self.plan.blocks.items()
+        return torch.stack([squared_norms(gradients[name], b) for name, b in blocks]).sum(0)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Nothing."""
+        return {}
+
+    def damping_used(self) -> dict[str, float]:
+        """None is added."""
+        return {}
+
+
+def empty_products(sides: dict[str, QuerySide], train: Gradients) -> Tensor:
+    """Zeros `[q, b]` of the gradients' type."""
+    side = next(iter(sides.values()))
+    like = side.matrix if side.matrix is not None else side.terms[0].right  # type: ignore[index]
+    return like.new_zeros(len(like), len(next(iter(train.values()))[0].right))

@@ -1,0 +1,76 @@
+"""Second moments of a block's factors, accumulated over a stream."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from forebear.blocks import Block
+from forebear.layers import Factors
+
+
+@dataclass
+class FactorMoments:
+    """Sums of `left leftᵀ` and `right rightᵀ` over examples and positions.
+
+    A side is a matrix `[d, d]`, or its diagonal `[d]` for one-hot or very long sides. Positions
+    whose left or right factor carries no gradient (padding) are left out, so that padding changes
+    nothing.
+    """
+
+    left: Tensor
+    right: Tensor
+    positions: int = 0
+
+    @classmethod
+    def start(cls, block: Block, terms: list[Factors], longest: int) -> "FactorMoments":
+        """Zeros of the right kind for a block's terms."""
+        like = terms[0].right
+        one_hot = any(not term.left.is_floating_point() for term in terms)
+        rows, cols = block.rows, block.cols
+        return cls(
+            like.new_zeros((rows,) if one_hot or rows > longest else (rows, rows)),
+            like.new_zeros((cols,) if cols > longest else (cols, cols)),
+        )
+
+    def add(self, terms: list[Factors]) -> None:
+        """Add a batch."""
+        for left, right in terms:
+            if not left.is_floating_point():
+                # The gradient is on the right: a position without it is padding.
+                used = right.flatten(0, 1).any(1)
+                index = left.flatten()[used]
+                self.left.index_add_(0, index, torch.ones_like(index, dtype=self.left.dtype))
+                add_gram(self.right, right.flatten(0, 1)[used])
+                self.positions += int(used.sum())
+                continue
+            flat_left, flat_right = left.flatten(0, 1), right.flatten(0, 1)
+            add_gram(self.left, flat_left)
+            if left.shape[1] > 1:
+                used = flat_left.any(1)
+                flat_right = flat_right[used]
+            add_gram(self.right, flat_right)
+            self.positions += len(flat_right)
+
+
+def eigenvectors(total: Tensor, count: int) -> tuple[Tensor, Tensor | None]:
+    """Eigenvalues `[d]` and eigenvectors `[d, d]` of `total / count`; None for a diagonal."""
+    if total.ndim == 1:
+        return total / count, None
+    if len(total) == 1:
+        return total[0] / count, None
+    # In double precision: single loses the small eigenvalues that damping is compared with.
+    values, vectors = torch.linalg.eigh(total.double() / count)
+    return values.clamp_min(0).to(total.dtype), vectors.to(total.dtype)
+
+
+def add_gram(total: Tensor, rows: Tensor) -> None:
+    """Add `rowsᵀ rows` to a matrix `[d, d]`, or its diagonal to `[d]`."""
+    if total.ndim == 1:
+        total += rows.square().sum(0)
+    elif total.device.type == "cpu":
+        # numpy calls the symmetric product for xᵀx, at half the cost of torch's general one.
+        x = rows.contiguous().numpy()
+        total += torch.from_numpy(x.T @ x)
+    else:
+        total.addmm_(rows.T, rows)

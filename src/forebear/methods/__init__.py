@@ -1,0 +1,137 @@
+"""Every method by name: one row a method. Reading `METHODS` shows all there is."""
+
+import inspect
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from importlib import import_module
+from types import ModuleType
+from typing import Any
+
+from forebear.errors import unknown_name
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One registered method.
+
+    Attributes:
+        factory: `module:name` of what makes the configuration.
+        family: what kind of reasoning it is.
+        needs: what it must be given.
+        cost: of fitting and scoring, in plain forward + backward passes over the training set.
+        modalities: what it was made for.
+        paper: where it comes from.
+    """
+
+    factory: str
+    family: str
+    needs: str
+    cost: str
+    modalities: str
+    paper: str
+
+
+METHODS = {
+    "random": Entry("baselines:Random", "baseline", "nothing", "none", "any", "—"),
+    "similarity": Entry(
+        "baselines:Similarity",
+        "representation",
+        "final model",
+        "one forward pass",
+        "any",
+        "Hanawa et al. 2021",
+    ),
+    "graddot": Entry(
+        "gradient:GradDot", "gradient", "final model", "about 1.5", "any", "Charpiat et al. 2019"
+    ),
+    "gradcos": Entry(
+        "gradient:GradCos", "gradient", "final model", "about 1.5", "any", "Charpiat et al. 2019"
+    ),
+    "tracin": Entry(
+        "gradient:TracIn",
+        "gradient",
+        "checkpoints with learning rates",
+        "about 1.5 a checkpoint",
+        "any",
+        "Pruthi et al. 2020",
+    ),
+    "exact": Entry(
+        "exact:Exact",
+        "influence",
+        "final model, up to 20,000 parameters",
+        "P / 64 to P passes",
+        "any",
+        "Koh & Liang 2017",
+    ),
+    "kfac": Entry(
+        "kronecker:KFAC",
+        "influence",
+        "final model",
+        "about 3 and 2 to 10",
+        "any",
+        "Martens & Grosse 2015",
+    ),
+    "ekfac": Entry(
+        "kronecker:EKFAC",
+        "influence",
+        "final model",
+        "about 4 and 2 to 10",
+        "any",
+        "Grosse et al. 2023",
+    ),
+    "trak": Entry(
+        "trak:TRAK",
+        "influence",
+        "final model or several",
+        "about 4 a checkpoint",
+        "any with likelihoods",
+        "Park et al. 2023",
+    ),
+}
+
+
+def factory(name: str) -> Callable[..., Any]:
+    """What makes the configuration of a method.
+
+    Raises:
+        UnknownNameError: with the nearest registered name.
+    """
+    if name not in METHODS:
+        raise unknown_name("method", name, METHODS)
+    module, attribute = METHODS[name].factory.split(":")
+    return getattr(import_module(f"forebear.methods.{module}"), attribute)
+
+
+def get(name: str, **options: Any) -> Any:
+    """A method by its registered name: `get("ekfac", damping=0.1)`.
+
+    Raises:
+        UnknownNameError: the method or an option does not exist; with the nearest name.
+    """
+    make = factory(name)
+    known = [option for option in inspect.signature(make).parameters if option != "name"]
+    for option in options:
+        if option not in known:
+            raise unknown_name(f"option of {name}", option, known)
+    return make(**options)
+
+
+def table() -> list[dict[str, str]]:
+    """Every method as a row: name, family, access needed, cost, modalities, paper."""
+    rows = []
+    for name, entry in METHODS.items():
+        row = {"name": name} | asdict(entry)
+        del row["factory"]
+        rows.append(row)
+    return rows
+
+
+class _CallableModule(ModuleType):
+    """`forebear.methods` is this package, and `forebear.methods()` is what a user types."""
+
+    def __call__(self) -> list[dict[str, str]]:
+        return table()
+
+
+sys.modules[__name__].__class__ = _CallableModule

@@ -1,0 +1,145 @@
+"""Baselines that every other method has to beat: similarity of representations, and chance."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from forebear.data import Data, batch_length, map_tensors
+from forebear.errors import TaskError
+from forebear.methods.fitted import Fitted, Piece, warn_about_zeros
+from forebear.progress import track
+from forebear.task import Task
+
+
+@dataclass(frozen=True, kw_only=True)
+class Similarity:
+    """Similarity of last hidden states: what the last linear layer gets to see.
+
+    Scores say what looks alike to the model, not what taught it; labels play no part. For
+    sequences the hidden states are averaged over positions.
+
+    Attributes:
+        metric: `"cosine"` or `"dot"`.
+        layer: take the input of this layer instead.
+    """
+
+    name: str = "similarity"
+    metric: Literal["cosine", "dot"] = "cosine"
+    layer: str | None = None
+
+    def fit(
+        self, task: Task, train: Any, *, ids: Any = None, batch_size: int = 256
+    ) -> "FittedSimilarity":
+        """Embed the training set; one forward pass."""
+        data = Data.of(train, ids=ids, collate=task.collate)
+        fitted = FittedSimilarity(self, task, data, batch_size=batch_size)
+        fitted.embeddings = fitted.embed(data, "training set")
+        return fitted
+
+    def restore(self, task: Task, train: Data, tensors: dict[str, Tensor]) -> "FittedSimilarity":
+        """From saved embeddings."""
+        fitted = FittedSimilarity(self, task, train, batch_size=256)
+        fitted.embeddings = tensors["embeddings"]
+        return fitted
+
+
+class FittedSimilarity(Fitted):
+    """Embeddings of the training set, `[n, d]`."""
+
+    embeddings: Tensor
+
+    def pieces(self, queries: Data) -> Iterator[Piece]:
+        """Products of embeddings."""
+        embedded = self.embed(queries, "queries")
+        for start in range(0, len(self.embeddings), 8192):
+            columns = slice(start, min(start + 8192, len(self.embeddings)))
+            yield slice(0, len(queries)), columns, embedded @ self.embeddings[columns].T
+
+    def self_influence(self) -> Tensor:
+        """Squared length of each embedding: one for all with the cosine, which ranks nothing."""
+        return self.embeddings.square().sum(1)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The embeddings."""
+        return {"embeddings": self.embeddings}
+
+    def embed(self, data: Data, description: str) -> Tensor:
+        """Last hidden states `[m, d]`, of unit length for the cosine."""
+        name = self.method.layer or _last_linear(self.task.model)
+        seen: list[Tensor] = []
+
+        def keep(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            seen.append(args[0].detach())
+
+        handle = self.task.model.get_submodule(name).register_forward_hook(keep)
+        rows = []
+        try:
+            with self.task.evaluation(), torch.no_grad():
+                steps = -(-len(data) // self.batch_size)
+                for _, batch in track(data.batches(self.batch_size), description, total=steps):
+                    seen.clear()
+                    moved = map_tensors(lambda t: t.to(self.task.device), batch)
+                    self.task.losses(self.task.model, moved)
+                    size = batch_length(moved)
+                    rows.append(seen[-1].reshape(size, -1, seen[-1].shape[-1]).mean(1).cpu())
+        finally:
+            handle.remove()
+        embedded = torch.cat(rows)
+        embedded = embedded if embedded.dtype == torch.float64 else embedded.float()
+        if self.method.metric == "dot":
+            return embedded
+        lengths = embedded.norm(dim=1, keepdim=True)
+        warn_about_zeros(lengths, "embeddings")
+        return embedded / lengths.clamp_min(torch.finfo(embedded.dtype).tiny)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Random:
+    """Independent normal scores: the floor of every metric. Each pair's score is its own."""
+
+    name: str = "random"
+    seed: int = 0
+
+    def fit(
+        self, task: Task, train: Any, *, ids: Any = None, batch_size: int = 256
+    ) -> "FittedRandom":
+        """Nothing to do."""
+        data = Data.of(train, ids=ids, collate=task.collate)
+        return FittedRandom(self, task, data, batch_size=batch_size)
+
+    def restore(self, task: Task, train: Data, tensors: dict[str, Tensor]) -> "FittedRandom":
+        """Nothing was saved."""
+        return FittedRandom(self, task, train, batch_size=256)
+
+
+class FittedRandom(Fitted):
+    """A generator for each query."""
+
+    def pieces(self, queries: Data) -> Iterator[Piece]:
+        """One row at a time; the same query position gives the same scores."""
+        for row in range(len(queries)):
+            generator = torch.Generator().manual_seed(self.method.seed * 1_000_003 + row + 1)
+            values = torch.randn(1, len(self.train), generator=generator)
+            yield slice(row, row + 1), slice(0, len(self.train)), values
+
+    def self_influence(self) -> Tensor:
+        """Random too."""
+        generator = torch.Generator().manual_seed(self.method.seed * 1_000_003)
+        return torch.randn(len(self.train), generator=generator)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Nothing."""
+        return {"seed": torch.tensor(self.method.seed)}
+
+
+def _last_linear(model: nn.Module) -> str:
+    names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    if not names:
+        raise TaskError(
+            f"{type(model).__name__} has no linear layer to take hidden states from: name one with "
+            "Similarity(layer=...)"
+        )
+    return names[-1]

@@ -1,0 +1,267 @@
+"""What every method shares: the shape of a configuration and of its fitted state."""
+
+import warnings
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from dataclasses import asdict, is_dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from forebear.data import Data
+from forebear.errors import DataError, MismatchError, NonFiniteError, NumericalWarning
+from forebear.task import Task
+from forebear.types import Provenance, Scores, TopK, check_k, write_json
+
+Piece = tuple[slice, slice, Tensor]
+"""Query positions, training positions, and their scores `[q, b]`."""
+
+
+class Method(Protocol):
+    """A frozen configuration of a method."""
+
+    @property
+    def name(self) -> str:
+        """The registered name."""
+        ...
+
+    def fit(self, task: Task, train: Any, *, ids: Any = None, batch_size: int = 256) -> "Fitted":
+        """Do all work that depends only on the model and the training set.
+
+        Args:
+            task: what was trained and what is asked.
+            train: any map-style dataset, or a tuple or dict of tensors.
+            ids: a stable id for each example; positions when left out.
+            batch_size: examples at a time; changes no score beyond rounding.
+        """
+        ...
+
+    def restore(self, task: Task, train: Data, tensors: dict[str, Tensor]) -> "Fitted":
+        """The fitted state that was saved as `tensors`."""
+        ...
+
+
+class Fitted(ABC):
+    """A method fitted to a task and a training set: a value that answers queries.
+
+    Subclasses supply scores piece by piece; everything else is here. Pieces come grouped by query
+    and, within a group, in the order of the training set.
+    """
+
+    units = "ranking"
+
+    def __init__(self, method: Any, task: Task, train: Data, *, batch_size: int) -> None:
+        self.method = method
+        self.task = task
+        self.train = train
+        self.batch_size = batch_size
+
+    @abstractmethod
+    def pieces(self, queries: Data) -> Iterator[Piece]:
+        """Scores of all pairs, in memory bounded by a batch."""
+
+    @abstractmethod
+    def self_influence(self) -> Tensor:
+        """Score of each training example for itself, `[n]`, in one pass.
+
+        High values mark examples the model had to memorise: wrong labels come first.
+        """
+
+    @abstractmethod
+    def tensors(self) -> dict[str, Tensor]:
+        """The fitted state."""
+
+    @property
+    def coverage(self) -> float | None:
+        """Share of the trainable parameters seen; None for methods that use no gradients."""
+        return None
+
+    def details(self) -> dict[str, Any]:
+        """What was found while fitting and belongs into the record, such as the damping used."""
+        return {}
+
+    @cached_property
+    def model_hash(self) -> str:
+        """Hash of the model's weights when first asked for."""
+        return self.task.model_hash()
+
+    def score(self, queries: Any, *, ids: Any = None) -> Scores:
+        """Scores of all pairs as one matrix `[query, train]`; positive = proponent.
+
+        Raises:
+            NonFiniteError: a score is NaN or infinite.
+        """
+        data = self._queries(queries, ids)
+        values: Tensor | None = None
+        for rows, columns, piece in self.pieces(data):
+            if values is None:
+                values = torch.empty(len(data), len(self.train), dtype=piece.dtype)
+            values[rows, columns] = piece.cpu()
+        assert values is not None
+        self._check(values, data)
+        return Scores(
+            values=values,
+            query_ids=data.ids,
+            train_ids=self.train.ids,
+            provenance=self._provenance(data),
+        )
+
+    def top(self, queries: Any, k: int = 10, *, opponents: bool = False, ids: Any = None) -> TopK:
+        """The `k` strongest proponents (or opponents) of each query; the matrix never exists.
+
+        Ties fall to the earlier example, as in `Scores.top`.
+        """
+        check_k(k, len(self.train))
+        data = self._queries(queries, ids)
+        kept_values, kept_rows = [], []
+        current: slice | None = None
+        for rows, columns, piece in self.pieces(data):
+            self._check(piece, data, rows)
+            piece = -piece if opponents else piece
+            positions = torch.arange(columns.start, columns.stop).expand_as(piece)
+            if rows != current:
+                current = rows
+                kept_values.append(piece.new_empty(len(piece), 0))
+                kept_rows.append(positions[:, :0])
+            values = torch.cat([kept_values[-1], piece.cpu()], 1)
+            positions = torch.cat([kept_rows[-1], positions], 1)
+            order = _strongest(values, k)
+            kept_values[-1], kept_rows[-1] = values.gather(1, order), positions.gather(1, order)
+        values = torch.cat(kept_values)
+        return TopK(
+            ids=self.train.ids[torch.cat(kept_rows).numpy()],
+            values=-values if opponents else values,
+            query_ids=data.ids,
+            opponents=opponents,
+            provenance=self._provenance(data),
+        )
+
+    def save(self, folder: str | Path) -> None:
+        """Write `fitted.json` and `fitted.safetensors`; `forebear.load` reads them."""
+        from safetensors.torch import save_file
+
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        tensors = {key: value.contiguous() for key, value in self.tensors().items()}
+        save_file(tensors, folder / "fitted.safetensors")
+        write_json(
+            folder / "fitted.json",
+            {
+                "method": self.method.name,
+                "settings": settings_of(self.method),
+                "model": self.model_hash,
+                "train": self.train.fingerprint,
+                "train_ids": self.train.ids.tolist(),
+                "batch_size": self.batch_size,
+                "details": self.details(),
+            },
+        )
+
+    def _queries(self, queries: Any, ids: Any) -> Data:
+        data = Data.of(queries, ids=ids, collate=self.task.collate)
+        require_same_columns(self.train, data)
+        return data
+
+    def _provenance(self, queries: Data) -> Provenance:
+        return Provenance(
+            method=self.method.name,
+            settings=settings_of(self.method) | self.details(),
+            units=self.units,
+            coverage=self.coverage,
+            model=self.model_hash,
+            train=self.train.fingerprint,
+            queries=queries.fingerprint,
+            seed=getattr(self.method, "seed", None),
+            version=version(),
+        )
+
+    def _check(self, values: Tensor, queries: Data, rows: slice = slice(None)) -> None:
+        if not torch.isfinite(values.sum()) and not torch.isfinite(values).all():
+            bad = ~torch.isfinite(values).all(1)
+            shown = ", ".join(map(str, queries.ids[rows][bad.cpu().numpy()][:5]))
+            raise NonFiniteError(
+                f"{self.method.name} gave scores that are NaN or infinite for queries {shown}: "
+                "their gradients overflow; score them in float64 or raise the damping"
+            )
+
+
+def settings_of(method: Any) -> dict[str, Any]:
+    """A configuration as JSON-able nested dicts, with the class names of its parts."""
+
+    def plain(value: Any) -> Any:
+        if is_dataclass(value) and not isinstance(value, type):
+            fields = {key: plain(getattr(value, key)) for key in asdict(value)}
+            return {"type": type(value).__name__, **fields}
+        if isinstance(value, tuple | list):
+            return [plain(item) for item in value]
+        return value if isinstance(value, str | int | float | bool | None) else repr(value)
+
+    found = plain(method)
+    found.pop("name", None)
+    return found
+
+
+def warn_about_zeros(norms: Tensor, what: str) -> None:
+    """A zero gradient has no direction: its normalised score is zero, and that is said."""
+    zeros = int((norms == 0).sum())
+    if zeros:
+        warnings.warn(
+            f"{zeros} {what} have a zero gradient: their scores are zero",
+            NumericalWarning,
+            stacklevel=4,
+        )
+
+
+def require_same_columns(train: Data, queries: Data) -> None:
+    """Refuse queries whose tensors have another shape than the training set's.
+
+    Sequences of other lengths are fine, so only the number of axes and, for more than two axes
+    or floating-point rows, their sizes are compared.
+    """
+    if not (isinstance(train.columns, tuple) and isinstance(queries.columns, tuple)):
+        return
+    if len(train.columns) != len(queries.columns):
+        raise DataError(
+            f"queries have {len(queries.columns)} columns and the training set has "
+            f"{len(train.columns)}: both must be what the loss takes"
+        )
+    for i, (a, b) in enumerate(zip(train.columns, queries.columns, strict=True)):
+        if a.is_floating_point() and a.shape[1:] != b.shape[1:]:
+            raise DataError(
+                f"column {i} of the queries has rows of shape {tuple(b.shape[1:])}, the training "
+                f"set has {tuple(a.shape[1:])}: prepare both in the same way"
+            )
+
+
+def require_same_state(about: dict[str, Any], task: Task, train: Data | None) -> None:
+    """Refuse to load a state that belongs to another model or training set."""
+    if about["model"] != task.model_hash():
+        raise MismatchError(
+            f"this state was fitted to model {about['model']} and the task's model is "
+            f"{task.model_hash()}: load the weights it was fitted to, or fit again"
+        )
+    if train is not None and about["train"] != train.fingerprint:
+        raise MismatchError(
+            f"this state was fitted to training set {about['train']} and train= is "
+            f"{train.fingerprint}: pass the same examples in the same order"
+        )
+
+
+def version() -> str:
+    """The installed version of forebear."""
+    from importlib.metadata import version as installed
+
+    return installed("forebear")
+
+
+def _strongest(values: Tensor, k: int) -> Tensor:
+    """Positions of the `k` largest of each row, largest first, ties to the left."""
+    k = min(k, values.shape[1])
+    found, order = values.topk(k, dim=1)
+    if ((values >= found[:, -1:]).sum(1) > k).any() or (found[:, 1:] == found[:, :-1]).any():
+        return values.argsort(dim=1, descending=True, stable=True)[:, :k]
+    return order
+

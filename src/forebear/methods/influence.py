@@ -1,0 +1,307 @@
+"""The one equation behind every gradient method.
+
+`score(q, z) = −(1/n) ⟨∇m(q), (C + λI)⁻¹ ∇ℓ(z)⟩`: training on z moves the parameters along −∇ℓ(z), so
+an example that raises the measurement m of the query scores above zero. A method is a choice of
+gradient, curvature, projection, normalisation and checkpoints; the registered ones are one line
+each on top of this file.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from forebear.blocks import Plan
+from forebear.capture import Capture, Gradients
+from forebear.curvature import Curvature, Damping, FittedCurvature, Identity, as_damping
+from forebear.curvature.base import QUERY_BYTES
+from forebear.data import Data
+from forebear.gradients import joined
+from forebear.methods.fitted import Fitted, Piece, warn_about_zeros
+from forebear.plan import make_plan
+from forebear.projections import KeptStream, ProjectedStream, Projection, projected_plan
+from forebear.stream import Stream
+from forebear.task import Checkpoint, Task
+
+FEATURE_BYTES = 2**30
+"""Projected training gradients up to 1 GB are kept; larger sets are computed again when needed."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Influence:
+    """Influence of training examples on queries, after Koh & Liang (2017) and what followed.
+
+    Attributes:
+        name: what results are called.
+        gradient: of the training `"loss"`, or of TRAK's model `"output"`, whose scores are
+            weighted with the residual of each example.
+        curvature: the matrix C; `Identity()` compares gradients as they are.
+        projection: compress gradients first; C is then that of the compressed ones.
+        damping: λ; a number is relative to the mean eigenvalue of each block.
+        normalise: `"cosine"` divides by both gradients' lengths in the metric of C.
+        checkpoints: `"last"` is the model as it is; `"sum"` weights the task's checkpoints with
+            their learning rates (TracInCP), `"mean"` averages over them (TRAK).
+        units: `"removal"` divides by n: the measurement with the example minus without it.
+        layers: restrict the method to these layers of the task.
+        seed: of projections and sampled targets.
+    """
+
+    name: str = "influence"
+    gradient: Literal["loss", "output"] = "loss"
+    curvature: Curvature = Identity()
+    projection: Projection | None = None
+    damping: float | Damping = 0.1
+    normalise: Literal["none", "cosine"] = "none"
+    checkpoints: Literal["last", "sum", "mean"] = "last"
+    units: Literal["ranking", "removal"] = "ranking"
+    layers: tuple[str, ...] | None = None
+    seed: int = 0
+
+    def fit(
+        self, task: Task, train: Any, *, ids: Any = None, batch_size: int = 256
+    ) -> "FittedInfluence":
+        """Check the layers on a batch and estimate the curvature at every checkpoint."""
+        data = Data.of(train, ids=ids, collate=task.collate)
+        fitted = self._unfitted(task, data, batch_size)
+        damping = as_damping(self.damping)
+        for i, checkpoint in enumerate(fitted.moments):
+            with fitted.task.at(checkpoint):
+                stream = fitted.open_training(i)
+                fit = self.curvature.fit(stream, fitted.training_function(), damping, self.seed)
+                fitted.curvatures.append(fit)
+        return fitted
+
+    def restore(self, task: Task, train: Data, tensors: dict[str, Tensor]) -> "FittedInfluence":
+        """From saved tensors."""
+        fitted = self._unfitted(task, train, 256)
+        for i in range(len(fitted.moments)):
+            parts = {
+                key.removeprefix(f"{i}:"): value
+                for key, value in tensors.items()
+                if key.startswith(f"{i}:")
+            }
+            features, weights = parts.pop("features", None), parts.pop("weights", None)
+            if features is not None and weights is not None:
+                fitted.keep(features, weights)
+            else:
+                fitted.open_training(i)
+            fitted.curvatures.append(self.curvature.restore(fitted.feature_plan, parts))
+        return fitted
+
+    def _unfitted(self, task: Task, data: Data, batch_size: int) -> "FittedInfluence":
+        if self.layers is not None:
+            task = task.select(self.layers)
+        return FittedInfluence(self, task, data, make_plan(task, data), batch_size=batch_size)
+
+
+class TrainingFunction:
+    """What is differentiated on training examples; remembers the last batch's weights."""
+
+    def __init__(self, task: Task, gradient: str) -> None:
+        self.task = task
+        self.gradient = gradient
+        self.weights = torch.ones(())
+
+    def __call__(self, model: Any, batch: Any) -> Tensor:
+        """The loss `[b]`, or TRAK's model output, whose weight `−dℓ/df` is kept."""
+        if self.gradient == "loss":
+            return self.task.losses(model, batch)
+        output, self.weights = self.task.objective.link(model, batch)
+        return output
+
+
+class FittedInfluence(Fitted):
+    """Curvatures fitted at every checkpoint, and projected gradients where they were kept."""
+
+    def __init__(
+        self, method: Influence, task: Task, train: Data, plan: Plan, *, batch_size: int
+    ) -> None:
+        super().__init__(method, task, train, batch_size=batch_size)
+        self.method: Influence = method
+        self.units = method.units
+        self.plan = plan
+        self.curvatures: list[FittedCurvature] = []
+        self.training: list[Stream | ProjectedStream | KeptStream] = []
+        uses_checkpoints = method.checkpoints != "last" and task.checkpoints
+        self.moments: tuple[Checkpoint | None, ...] = (
+            task.checkpoints if uses_checkpoints else (None,)
+        )
+        self.feature_plan = plan
+        if method.projection is not None:
+            self.feature_plan = projected_plan(method.projection.dimension, plan.coverage)
+            # Every checkpoint has its own projection, so that their errors average out.
+            self.projections = [
+                method.projection.prepare(plan, method.seed + i) for i in range(len(self.moments))
+            ]
+
+    @property
+    def coverage(self) -> float:
+        """Share of the trainable parameters seen."""
+        return self.plan.coverage
+
+    def details(self) -> dict[str, Any]:
+        """Damping used, parameters of the fallback, and parameters that were not seen."""
+        found: dict[str, Any] = {}
+        used = [fit.damping_used() for fit in self.curvatures]
+        if any(used):
+            found["damping_used"] = used if len(used) > 1 else used[0]
+        if self.plan.fallback:
+            found["differentiated_one_by_one"] = list(self.plan.fallback)
+        if self.plan.unseen:
+            found["unseen"] = list(self.plan.unseen)
+        return found
+
+    def training_function(self) -> TrainingFunction:
+        """What is differentiated on training examples."""
+        return TrainingFunction(self.task, self.method.gradient)
+
+    def query_function(self, model: Any, batch: Any) -> Tensor:
+        """What is differentiated on queries, `[b]`, signed so that proponents score positive."""
+        if self.method.gradient == "output":
+            # ∇ℓ = −weight · ∇f, so products with ∇f already have the right sign.
+            if self.task.measure is None:
+                return self.task.objective.link(model, batch)[0]
+            return self.task.measurements(model, batch)
+        return -self.task.measurements(model, batch)
+
+    def stream(self, i: int, data: Data) -> Stream | ProjectedStream:
+        """The gradients of a dataset at checkpoint i, projected when the method projects."""
+        stream = Stream(self.task, self.plan, data, self.batch_size)
+        if self.method.projection is None:
+            return stream
+        return ProjectedStream(stream, self.projections[i], self.feature_plan)
+
+    def open_training(self, i: int) -> Stream | ProjectedStream | KeptStream:
+        """The training set at checkpoint i; projected gradients are kept when they fit."""
+        stream = self.stream(i, self.train)
+        projection = self.method.projection
+        if projection is None or 4 * projection.dimension * len(self.train) > FEATURE_BYTES:
+            self.training.append(stream)
+            return stream
+        features, weights = None, torch.ones(len(self.train))
+        function = self.training_function()
+        for rows, _, gradients in stream.gradients(function, "projected gradients"):
+            part = gradients["projected"][0].left[:, 0]
+            if features is None:
+                features = part.new_empty(len(self.train), part.shape[1])
+                weights = weights.to(part)
+            features[rows], weights[rows] = part, function.weights
+        assert features is not None
+        return self.keep(features, weights)
+
+    def keep(self, features: Tensor, weights: Tensor) -> KeptStream:
+        """Use projected gradients `[n, k]` for the next checkpoint."""
+        kept = KeptStream(self.task, self.train, self.feature_plan, features, weights)
+        self.training.append(kept)
+        return kept
+
+    def pieces(self, queries: Data) -> Iterator[Piece]:
+        """Scores of all pairs, a group of queries and a batch of examples at a time."""
+        step = self._queries_at_a_time(queries)
+        for start in range(0, len(queries), step):
+            rows = slice(start, min(start + step, len(queries)))
+            prepared = [self._prepare(i, queries.slice(rows)) for i in range(len(self.moments))]
+            for columns, values in self._against_training(prepared):
+                yield rows, columns, values
+
+    def self_influence(self) -> Tensor:
+        """`gᵀ (C + λI)⁻¹ g` of each example in the method's units, `[n]`, in one pass."""
+        out: Tensor | None = None
+        for columns, weights, gradients in self._training_pass("self-influence"):
+            norms = [
+                fit.squared_norms(g) * self._share(i)
+                for i, (fit, g) in enumerate(zip(self.curvatures, gradients, strict=True))
+            ]
+            values = torch.stack(norms).sum(0)
+            if self.method.normalise == "cosine":
+                values = (values > 0).to(values)
+            out = values.new_empty(len(self.train), device="cpu") if out is None else out
+            out[columns] = (values * weights).cpu()
+        assert out is not None
+        return out * self._scale()
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The curvatures' state and the kept features, by checkpoint."""
+        found: dict[str, Tensor] = {}
+        for i, (fit, stream) in enumerate(zip(self.curvatures, self.training, strict=True)):
+            found |= {f"{i}:{key}": value for key, value in fit.tensors().items()}
+            if isinstance(stream, KeptStream):
+                found |= {f"{i}:features": stream.features, f"{i}:weights": stream.weights}
+        return found
+
+    def _share(self, i: int) -> float:
+        """Weight of checkpoint i in a sum over checkpoints."""
+        if self.method.checkpoints == "mean":
+            return 1.0 / len(self.moments)
+        checkpoint = self.moments[i]
+        return 1.0 if checkpoint is None else checkpoint.learning_rate
+
+    def _scale(self) -> float:
+        return 1.0 / len(self.train) if self.method.units == "removal" else 1.0
+
+    def _queries_at_a_time(self, queries: Data) -> int:
+        """As many queries as fit into memory once prepared."""
+        if self.method.projection is not None:
+            each = 4 * self.method.projection.dimension
+        else:
+            with Capture(self.task, self.plan) as capture:
+                _, one = capture.gradients(self.query_function, queries.batch(slice(0, 1)))
+            each = self.curvatures[0].query_bytes(one, len(queries))
+        return max(1, min(len(queries), QUERY_BYTES // (each * len(self.moments))))
+
+    def _prepare(self, i: int, group: Data) -> tuple[Any, Tensor]:
+        """Prepared queries of a group and their lengths in the metric, `[q]`."""
+        fit = self.curvatures[i]
+        with self.task.at(self.moments[i]):
+            stream = self.stream(i, group)
+            parts = [g for _, _, g in stream.gradients(self.query_function, "queries")]
+        gradients = joined(parts)
+        lengths = torch.ones(())
+        if self.method.normalise == "cosine":
+            lengths = fit.squared_norms(gradients).sqrt()
+            warn_about_zeros(lengths, "queries")
+        return fit.prepare(gradients), lengths
+
+    def _against_training(
+        self, prepared: list[tuple[Any, Tensor]]
+    ) -> Iterator[tuple[slice, Tensor]]:
+        for columns, weights, gradients in self._training_pass("scores"):
+            total: Tensor | None = None
+            for i, (fit, g) in enumerate(zip(self.curvatures, gradients, strict=True)):
+                ready, lengths = prepared[i]
+                part = fit.products(ready, g)
+                if self.method.normalise == "cosine":
+                    others = fit.squared_norms(g).sqrt()
+                    warn_about_zeros(others, "training examples")
+                    part /= (lengths[:, None] * others).clamp_min(torch.finfo(part.dtype).tiny)
+                share = self._share(i)
+                part = part if share == 1.0 else part.mul_(share)
+                total = part if total is None else total.add_(part)
+            assert total is not None
+            if self.method.gradient == "output":
+                total *= weights
+            scale = self._scale()
+            yield columns, total if scale == 1.0 else total.mul_(scale)
+
+    def _training_pass(self, description: str) -> Iterator[tuple[slice, Tensor, list[Gradients]]]:
+        """Training positions, weights `[b]`, and gradients at every checkpoint, batch by batch."""
+        function = self.training_function()
+        if len(self.moments) == 1:
+            stream = self.training[0]
+            with self.task.at(self.moments[0]):
+                for columns, values, g in stream.gradients(function, description):
+                    kept = isinstance(stream, KeptStream)
+                    yield columns, values if kept else function.weights, [g]
+            return
+        for columns, _ in self.training[0].batches(description):
+            gradients, weights = [], []
+            for checkpoint, stream in zip(self.moments, self.training, strict=True):
+                kept = isinstance(stream, KeptStream)
+                with self.task.at(None if kept else checkpoint):
+                    values, g = stream.at(columns, function)
+                gradients.append(g)
+                weights.append(values if kept else function.weights)
+            # TRAK averages the weights over checkpoints apart from the products.
+            yield columns, torch.stack(weights).mean(0), gradients

@@ -1,0 +1,66 @@
+"""Influence functions with Kronecker-factored curvature."""
+
+from typing import Literal
+
+from forebear.curvature import Damping, Kronecker
+from forebear.methods.influence import Influence
+
+
+def KFAC(
+    *,
+    damping: float | Damping = 0.1,
+    targets: Literal["sampled", "empirical"] = "sampled",
+    rank: int | None = 32,
+    tolerance: float = 0.02,
+    layers: tuple[str, ...] | None = None,
+    seed: int = 0,
+) -> Influence:
+    """Influence with K-FAC curvature (Martens & Grosse 2015).
+
+    Args:
+        damping: λ; a number is relative to the mean eigenvalue of each block.
+        targets: sampled from the model, or the training labels (`"empirical"`).
+        rank: most terms of the low-rank inverse for all pairs; None contracts exactly.
+        tolerance: relative error allowed to it.
+        layers: restrict the method to these layers.
+        seed: of the sampled targets.
+    """
+    curvature = Kronecker(corrected=False, targets=targets, rank=rank, tolerance=tolerance)
+    return Influence(
+        name="kfac",
+        curvature=curvature,
+        damping=damping,
+        units="removal",
+        layers=layers,
+        seed=seed,
+    )
+
+
+def EKFAC(
+    *,
+    damping: float | Damping = 0.1,
+    targets: Literal["sampled", "empirical"] = "sampled",
+    rank: int | None = 32,
+    tolerance: float = 0.02,
+    layers: tuple[str, ...] | None = None,
+    seed: int = 0,
+) -> Influence:
+    """Influence with eigenvalue-corrected K-FAC curvature (George et al. 2018; Grosse et al. 2023).
+
+    Args:
+        damping: λ; a number is relative to the mean eigenvalue of each block.
+        targets: sampled from the model, or the training labels (`"empirical"`).
+        rank: most terms of the low-rank inverse for all pairs; None contracts exactly.
+        tolerance: relative error allowed to it.
+        layers: restrict the method to these layers.
+        seed: of the sampled targets.
+    """
+    curvature = Kronecker(corrected=True, targets=targets, rank=rank, tolerance=tolerance)
+    return Influence(
+        name="ekfac",
+        curvature=curvature,
+        damping=damping,
+        units="removal",
+        layers=layers,
+        seed=seed,
+    )

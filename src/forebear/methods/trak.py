@@ -1,0 +1,42 @@
+"""TRAK: a kernel of projected output gradients, weighted with residuals."""
+
+from typing import Literal
+
+from forebear.curvature import Damping, Dense
+from forebear.methods.influence import Influence
+from forebear.projections import Gaussian, TensorSketch
+
+
+def TRAK(
+    *,
+    dimension: int = 2048,
+    damping: float | Damping = 0.01,
+    projection: Literal["tensor_sketch", "gaussian"] = "tensor_sketch",
+    layers: tuple[str, ...] | None = None,
+    seed: int = 0,
+) -> Influence:
+    """`φ(q)ᵀ (ΦᵀΦ / n + λI)⁻¹ φ(z) · (1 − p_z)`, averaged over checkpoints (Park et al. 2023).
+
+    φ is the projected gradient of the model output (log odds of the correct class). Products and
+    weights are averaged apart, as in the paper; without checkpoints the model itself is the one.
+
+    Args:
+        dimension: of the projection.
+        damping: λ; a number is relative to the mean eigenvalue of the kernel. The paper has none,
+            which needs many more examples than dimensions.
+        projection: `"tensor_sketch"` acts on factors; `"gaussian"` is the dense reference.
+        layers: restrict the method to these layers.
+        seed: of the projections.
+    """
+    kind = TensorSketch if projection == "tensor_sketch" else Gaussian
+    return Influence(
+        name="trak",
+        gradient="output",
+        curvature=Dense(kind="fisher"),
+        projection=kind(dimension),
+        damping=damping,
+        checkpoints="mean",
+        units="removal",
+        layers=layers,
+        seed=seed,
+    )

@@ -1,0 +1,28 @@
+"""Metrics: pure functions of arrays, one value a query unless they say otherwise.
+
+`METRICS` says where each is; arrays may be numpy or torch, results are numpy.
+"""
+
+from importlib import import_module
+from typing import Any
+
+METRICS = {
+    "bootstrap_interval": "forebear.metrics.bootstrap:bootstrap_interval",
+    "found_in_first": "forebear.metrics.mislabel:found_in_first",
+    "lds": "forebear.metrics.subset_prediction:lds",
+    "loo_correlation": "forebear.metrics.leave_one_out:loo_correlation",
+    "mislabel_auc": "forebear.metrics.mislabel:mislabel_auc",
+    "noise_ceiling": "forebear.metrics.ceiling:noise_ceiling",
+    "removal_curve": "forebear.metrics.removal:removal_curve",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in METRICS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    module, _, attribute = METRICS[name].partition(":")
+    return getattr(import_module(module), attribute)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *METRICS])

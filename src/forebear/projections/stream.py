@@ -1,0 +1,95 @@
+"""Streams of projected gradients, computed as they pass or kept in memory."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from forebear.blocks import Block, Plan
+from forebear.capture import Function, Gradients
+from forebear.data import Data
+from forebear.layers import Factors
+from forebear.projections.base import PreparedProjection
+from forebear.stream import Stream
+from forebear.task import Task
+
+
+def projected_plan(dimension: int, coverage: float) -> Plan:
+    """A plan whose only block is the projected gradient, a vector."""
+    block = Block("projected", dimension, 1, ("projected",), (torch.Size([dimension]),))
+    return Plan({"projected": block}, (), coverage=coverage, verified=True)
+
+
+@dataclass(frozen=True)
+class ProjectedStream:
+    """A stream whose gradients are projected batch by batch."""
+
+    stream: Stream
+    projection: PreparedProjection
+    plan: Plan
+
+    @property
+    def task(self) -> Task:
+        """The task of the stream."""
+        return self.stream.task
+
+    @property
+    def data(self) -> Data:
+        """The data of the stream."""
+        return self.stream.data
+
+    def gradients(
+        self, function: Function, description: str
+    ) -> Iterator[tuple[slice, Tensor, Gradients]]:
+        """Positions, values `[b]` and projected gradients."""
+        for rows, values, gradients in self.stream.gradients(function, description):
+            yield rows, values, as_block(self.projection.features(gradients))
+
+    def at(self, rows: slice, function: Function) -> tuple[Tensor, Gradients]:
+        """Values and projected gradients of one batch."""
+        values, gradients = self.stream.at(rows, function)
+        return values, as_block(self.projection.features(gradients))
+
+    def batches(self, description: str) -> Iterator[tuple[slice, object]]:
+        """Positions and batches."""
+        return self.stream.batches(description)
+
+
+@dataclass(frozen=True)
+class KeptStream:
+    """Projected gradients `[n, k]` of a dataset in memory, and one weight `[n]` for each.
+
+    It has the face of a stream, whatever function is asked for: features belong to the one they
+    were made with.
+    """
+
+    task: Task
+    data: Data
+    plan: Plan
+    features: Tensor
+    weights: Tensor
+    step: int = 4096
+
+    def gradients(
+        self, function: Function, description: str
+    ) -> Iterator[tuple[slice, Tensor, Gradients]]:
+        """Positions, weights `[b]` and features."""
+        for start in range(0, len(self.features), self.step):
+            rows = slice(start, min(start + self.step, len(self.features)))
+            yield rows, *self.at(rows, function)
+
+    def at(self, rows: slice, function: Function) -> tuple[Tensor, Gradients]:
+        """Weights and features of some rows."""
+        return self.weights[rows], as_block(self.features[rows])
+
+    def batches(self, description: str) -> Iterator[tuple[slice, object]]:
+        """Positions; the batches themselves are not needed."""
+        for start in range(0, len(self.features), self.step):
+            yield slice(start, min(start + self.step, len(self.features))), None
+
+
+def as_block(features: Tensor) -> Gradients:
+    """Vectors `[b, k]` as gradients with one block."""
+    ones = features.new_ones(len(features), 1, 1)
+    return {"projected": [Factors(features[:, None], ones)]}

@@ -1,0 +1,18 @@
+"""How models were trained: recipes, subsets, ensembles of retrainings and ground truth."""
+
+from forebear.training.ensemble import Ensemble
+from forebear.training.recipe import Recipe
+from forebear.training.removal import RemovalOutcomes, removal_outcomes
+from forebear.training.subsets import half_subsets, leave_group_out, leave_one_out_subsets
+from forebear.training.truth import GroundTruth
+
+__all__ = [
+    "Ensemble",
+    "GroundTruth",
+    "Recipe",
+    "RemovalOutcomes",
+    "half_subsets",
+    "leave_group_out",
+    "leave_one_out_subsets",
+    "removal_outcomes",
+]

@@ -1,0 +1,301 @@
+"""Ground truth: what queries measure under models that were really retrained."""
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from forebear.data import Data, batch_length
+from forebear.errors import DataError, FormatError, MismatchError, NonFiniteError, TaskError
+from forebear.progress import track
+from forebear.task import Loss, per_example, state_hash
+from forebear.training.recipe import Recipe, name_of
+from forebear.training.subsets import subset_masks
+from forebear.types import Provenance, Scores, read_json, write_json
+
+Trainer = Recipe | Callable[[Tensor, int], nn.Module]
+"""A recipe, or any `(subset, seed) -> model` with a boolean mask `[n]` as subset."""
+
+Kind = Literal["subsets", "leave_one_out"]
+
+PIECE = 50
+"""Retrainings in one file: what an interruption can cost."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class GroundTruth:
+    """Measurements of every query under models retrained on subsets of the training set.
+
+    Attributes:
+        subsets: bool `[m, n]`, the examples that each model was trained on.
+        outcomes: `[seeds, m, q]`, the measurement of each query.
+        full: `[seeds, q]`, the same for models trained on everything; None when not asked for.
+        kind: `"leave_one_out"` when every subset lacks one example.
+        seeds: of the retrainings.
+        train: fingerprint of the training set.
+        queries: fingerprint of the queries.
+        model: hash of the attributed model; empty when it was not given.
+        measure: name of the measurement.
+        recipe: settings of the recipe.
+        recipe_hash: its fingerprint.
+        version: of forebear.
+    """
+
+    subsets: Tensor
+    outcomes: Tensor
+    full: Tensor | None = None
+    seeds: tuple[int, ...]
+    kind: Kind = "subsets"
+    train: str
+    queries: str
+    model: str = ""
+    measure: str = ""
+    recipe: dict[str, Any] = field(default_factory=dict)
+    recipe_hash: str = ""
+    version: str = ""
+
+    @classmethod
+    def collect(
+        cls,
+        recipe: Trainer,
+        train: Any,
+        queries: Any,
+        *,
+        subsets: Any,
+        seeds: int | Sequence[int] = 2,
+        measure: Loss | None = None,
+        model: nn.Module | None = None,
+        loss: Loss | None = None,
+        full: bool = True,
+        folder: str | Path | None = None,
+    ) -> "GroundTruth":
+        """Retrain on every subset with every seed and measure every query.
+
+        Args:
+            recipe: how to train; or a callable `(subset, seed) -> model`.
+            train: training set.
+            queries: what is measured.
+            subsets: boolean masks `[m, n]`.
+            seeds: how many, or which. Averaging over seeds takes luck out of the outcomes.
+            measure: `measure(model, batch) -> [b]`; minus the loss when left out.
+            model: the attributed model, so that scores of another one are refused.
+            loss: needed with a callable that comes without a loss or measure.
+            full: also train on everything, once a seed.
+            folder: where pieces of the work are kept; what is there is not done again.
+
+        Raises:
+            MismatchError: the folder belongs to another recipe, data set or choice of subsets.
+            NonFiniteError: an outcome is NaN or infinite.
+        """
+        train, queries = Data.of(train), Data.of(queries)
+        masks = subset_masks(subsets, len(train))
+        chosen = tuple(range(seeds)) if isinstance(seeds, int) else tuple(int(s) for s in seeds)
+        if not chosen or len(set(chosen)) < len(chosen):
+            raise DataError(f"seeds are {chosen}: give at least one, all different")
+        loss = loss or (recipe.loss if isinstance(recipe, Recipe) else None)
+        known = isinstance(recipe, Recipe)
+        empty = cls(
+            subsets=masks,
+            outcomes=torch.empty(len(chosen), len(masks), len(queries)),
+            seeds=chosen,
+            kind="leave_one_out" if bool((~masks).sum(1).eq(1).all()) else "subsets",
+            train=train.fingerprint,
+            queries=queries.fingerprint,
+            model="" if model is None else state_hash(model.state_dict()),
+            measure=f"minus {name_of(loss)}" if measure is None else name_of(measure),
+            recipe=recipe.settings if known else {"callable": name_of(recipe)},
+            recipe_hash=recipe.fingerprint if known else "",
+            version=version("forebear"),
+        )
+        work = _Work(recipe, train, queries, _measurement(measure, loss), empty, full)
+        values = work.run(None if folder is None else Path(folder))
+        return work.result(values)
+
+    @property
+    def mean_outcomes(self) -> Tensor:
+        """Outcomes averaged over seeds, `[m, q]`."""
+        return self.outcomes.mean(0)
+
+    @property
+    def removal_effects(self) -> Tensor:
+        """The measurement with the left-out examples minus that without them, `[q, m]`.
+
+        Positive where the examples raised the measurement, as scores are; mean over seeds.
+
+        Raises:
+            DataError: there are no models trained on everything.
+        """
+        if self.full is None:
+            raise DataError("no models trained on everything: collect the truth with full=True")
+        return (self.full[:, None] - self.outcomes).mean(0).T
+
+    @property
+    def left_out(self) -> Tensor:
+        """Position of the example that each subset lacks, `[m]`.
+
+        Raises:
+            DataError: subsets lack more than one.
+        """
+        if self.kind != "leave_one_out":
+            raise DataError("these subsets lack more than one example each")
+        return (~self.subsets).int().argmax(1)
+
+    def require_match(self, scores: Scores) -> None:
+        """Raise `MismatchError` when scores are of other data or of another model."""
+        here = Provenance(
+            method="ground truth", train=self.train, queries=self.queries, model=self.model
+        )
+        fields = ("train", "queries", "model") if self.model else ("train", "queries")
+        here.require_same(scores.provenance, fields)
+
+    def save(self, folder: str | Path) -> None:
+        """Write `truth.safetensors` and `truth.json` into `folder`."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        tensors = {"subsets": self.subsets, "outcomes": self.outcomes}
+        if self.full is not None:
+            tensors["full"] = self.full
+        _write_tensors(folder / "truth.safetensors", tensors)
+        write_json(folder / "truth.json", self._facts())
+
+    @classmethod
+    def load(cls, folder: str | Path) -> "GroundTruth":
+        """Read what `save` wrote.
+
+        Raises:
+            FormatError: a file is missing or damaged.
+        """
+        facts = read_json(Path(folder) / "truth.json")
+        tensors = _read_tensors(Path(folder) / "truth.safetensors")
+        names = [name for name in cls.__dataclass_fields__ if name in facts]
+        try:
+            read = {name: facts[name] for name in names} | {"seeds": tuple(facts["seeds"])}
+            return cls(**read, **tensors)
+        except (KeyError, TypeError) as error:
+            raise FormatError(f"{folder} does not hold a whole ground truth: {error}") from error
+
+    def _facts(self) -> dict[str, Any]:
+        names = ("kind", "train", "queries", "model", "measure", "recipe", "recipe_hash", "version")
+        return {"seeds": list(self.seeds), **{name: getattr(self, name) for name in names}}
+
+
+@dataclass(frozen=True)
+class _Work:
+    """All retrainings of a ground truth, in pieces."""
+
+    trainer: Trainer
+    train: Data
+    queries: Data
+    measure: Loss
+    empty: GroundTruth
+    full: bool
+
+    def run(self, folder: Path | None) -> Tensor:
+        """Measurements `[members, q]`, members as `_members` orders them."""
+        members = self._members()
+        starts = range(0, len(members), PIECE)
+        if folder is not None:
+            folder.mkdir(parents=True, exist_ok=True)
+            self._require_same_work(folder)
+        values = []
+        for start in track(starts, "ground truth", total=len(starts)):
+            piece = members[start : start + PIECE]
+            path = None if folder is None else folder / f"piece-{start:06d}.safetensors"
+            if path is not None and path.is_file():
+                values.append(self._stored(path, len(piece)))
+                continue
+            outcomes = self._measure(piece)
+            if path is not None:
+                _write_tensors(path, {"outcomes": outcomes})
+            values.append(outcomes)
+        return torch.cat(values)
+
+    def result(self, values: Tensor) -> GroundTruth:
+        """The ground truth with its outcomes."""
+        seeds, m = len(self.empty.seeds), len(self.empty.subsets)
+        outcomes = values[: seeds * m].reshape(seeds, m, -1)
+        full = values[seeds * m :] if self.full else None
+        return replace(self.empty, outcomes=outcomes, full=full)
+
+    def _members(self) -> list[tuple[Tensor, int]]:
+        masks = list(self.empty.subsets)
+        everything = [torch.ones_like(masks[0])] if self.full else []
+        seeds = self.empty.seeds
+        return [(m, s) for s in seeds for m in masks] + [(m, s) for s in seeds for m in everything]
+
+    def _measure(self, members: list[tuple[Tensor, int]]) -> Tensor:
+        if isinstance(self.trainer, Recipe):
+            masks = torch.stack([mask for mask, _ in members])
+            models = self.trainer.train_many(self.train, masks, [seed for _, seed in members])
+            outcomes = models.evaluate(self.measure, self.queries)
+        else:
+            pairs = track(members, "retraining models", total=len(members))
+            outcomes = torch.stack([self._measure_one(self.trainer(*pair)) for pair in pairs])
+        bad = torch.nonzero(~torch.isfinite(outcomes))
+        if len(bad):
+            raise NonFiniteError(
+                f"the measurement of query {self.queries.ids[int(bad[0, 1])]} is NaN or infinite "
+                f"after retraining with seed {members[int(bad[0, 0])][1]}"
+            )
+        return outcomes.cpu()
+
+    @torch.no_grad()
+    def _measure_one(self, model: nn.Module) -> Tensor:
+        model.eval()
+        batches = self.queries.batches(512)
+        return torch.cat(
+            [per_example(self.measure(model, b), batch_length(b), "measure") for _, b in batches]
+        )
+
+    def _require_same_work(self, folder: Path) -> None:
+        digest = hashlib.sha256(self.empty.subsets.numpy().tobytes()).hexdigest()[:16]
+        facts = {**self.empty._facts(), "subsets": digest, "full": self.full}
+        facts = json.loads(json.dumps(facts))  # as they will be read: lists, not tuples
+        path = folder / "work.json"
+        if not path.exists():
+            write_json(path, facts)
+            return
+        stored = read_json(path)
+        for name, value in facts.items():
+            if stored.get(name) != value:
+                raise MismatchError(
+                    f"{name} differs: {folder} holds retrainings with {stored.get(name)!r} and "
+                    f"this is {value!r}; choose another folder or delete that one"
+                )
+
+    def _stored(self, path: Path, members: int) -> Tensor:
+        outcomes = _read_tensors(path).get("outcomes")
+        if outcomes is None or outcomes.shape != (members, len(self.queries)):
+            raise FormatError(f"{path} is damaged: delete it and it is made again")
+        return outcomes
+
+
+def _measurement(measure: Loss | None, loss: Loss | None) -> Loss:
+    if measure is not None:
+        return measure
+    if loss is None:
+        raise TaskError("a callable that trains has no loss: pass loss= or measure=")
+    return lambda model, batch: -loss(model, batch)
+
+
+def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+    partial = path.with_suffix(".partial")
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial)
+    partial.replace(path)
+
+
+def _read_tensors(path: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(path)
+    except FileNotFoundError:
+        raise FormatError(f"{path} does not exist") from None
+    except (SafetensorError, OSError) as error:
+        raise FormatError(f"{path} is damaged: {error}") from error
