@@ -8,7 +8,7 @@ PYTHON ?= python3
 # TORCH_INDEX=https://download.pytorch.org/whl/cpu gives the smaller CPU build.
 TORCH_INDEX ?=
 DEMO_ARGS ?=
-# Two processes with one torch thread each (tests/conftest.py) beat one process with two threads.
+# Two processes, each with one torch thread (tests/conftest.py), fill two cores.
 TEST_ARGS ?= -n 2
 
 BIN := .venv/bin

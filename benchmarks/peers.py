@@ -24,7 +24,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from scipy.stats import pearsonr, spearmanr
+from scipy.stats import rankdata
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 from torch.nn.functional import cross_entropy
@@ -65,7 +65,8 @@ def forebear(case: Case, **options: Any) -> Work:
 
     task = fb.Task(case.load.model, loss=fb.losses.cross_entropy)
     if case.work.startswith("ekfac"):
-        method = fb.get("ekfac", damping=DAMPING, **options)
+        targets = "empirical" if case.work == "ekfac_empirical" else "sampled"
+        method = fb.get("ekfac", damping=DAMPING, targets=targets, **options)
     elif case.work == "trak":
         method = fb.get("trak", dimension=DIMENSION, damping=DAMPING, **options)
     else:
@@ -83,6 +84,11 @@ def forebear(case: Case, **options: Any) -> Work:
 def forebear_reseeded(case: Case) -> Work:
     """Other sampled targets or another projection: how much chance alone changes the scores."""
     return forebear(case, seed=1)
+
+
+def forebear_exact(case: Case) -> Work:
+    """Without the low-rank form of the inverse: what that approximation changes."""
+    return forebear(case, rank=None)
 
 
 def captum(case: Case) -> Work:
@@ -131,7 +137,10 @@ def kronfluence(case: Case) -> Work:
 
     task = Classification()
     model = prepare_model(copy.deepcopy(case.load.model), task)  # it freezes the parameters
-    strategy = "ekfac" if case.work.startswith("ekfac") else "identity"
+    factors = FactorArguments(
+        strategy="ekfac" if case.work.startswith("ekfac") else "identity",
+        use_empirical_fisher=case.work == "ekfac_empirical",
+    )
     arguments = ScoreArguments(damping_factor=None)  # None: 0.1 × mean eigenvalue, as DAMPING
 
     def work() -> Scores:
@@ -142,7 +151,7 @@ def kronfluence(case: Case) -> Work:
             "factors",
             case.load.train,
             per_device_batch_size=250,
-            factor_args=FactorArguments(strategy=strategy),
+            factor_args=factors,
             overwrite_output_dir=True,
         )
         common = {"score_args": arguments, "overwrite_output_dir": True}
@@ -196,8 +205,8 @@ def dattri(case: Case) -> Work:
             return attributor.attribute(queries).T.detach().numpy()
 
         return trak
-    if case.work == "ekfac":
-        if any(True for m in model.modules() if isinstance(m, nn.Conv2d)):
+    if case.work == "ekfac_empirical":  # its Fisher is that of the loss, with the true labels
+        if any(isinstance(module, nn.Conv2d) for module in model.modules()):
             raise NotImplementedError("IFAttributorEKFAC handles linear layers only")
 
         def ekfac() -> Scores:
@@ -294,14 +303,24 @@ def margin_energy(load: Workload) -> float:
 PEERS: dict[str, tuple[Callable[..., Work], ...]] = {
     "graddot": (forebear, captum, kronfluence, dattri),
     "self_influence": (forebear, captum, kronfluence, dattri),
-    "ekfac": (forebear, forebear_reseeded, kronfluence, dattri),
+    "ekfac": (forebear, forebear_reseeded, kronfluence),
+    "ekfac_empirical": (forebear, forebear_exact, kronfluence, dattri),
     "ekfac_self_influence": (forebear, kronfluence),
     "trak": (forebear, forebear_reseeded, dattri, traker),
 }
 
 # The most (examples, queries) a library is given, so that one run of a work stays near a minute
 # and its memory within a few GB. forebear is then timed at that size too.
-CAPS: dict[tuple[str, str], tuple[int, int]] = {}
+CAPS: dict[tuple[str, str], tuple[int, int]] = {
+    ("kronfluence", "ekfac"): (4000, 200),
+    ("kronfluence", "ekfac_empirical"): (4000, 200),
+    ("kronfluence", "ekfac_self_influence"): (4000, 200),
+    ("dattri", "graddot"): (1000, 50),
+    ("dattri", "self_influence"): (1000, 50),
+    ("dattri", "ekfac_empirical"): (1000, 50),
+    ("dattri", "trak"): (1000, 50),
+    ("traker", "trak"): (2000, 100),
+}
 
 
 @dataclass(frozen=True)
@@ -371,7 +390,7 @@ def run_apart(job: Job, folder: Path, threads: int, limit: float) -> dict[str, A
         return {"failed": f"took over {limit:.0f} s"}
     if done.returncode:
         last = (done.stderr.strip() or f"exit code {done.returncode}").splitlines()[-1]
-        return {"failed": last[:300]}
+        return {"failed": last[:160]}
     return json.loads((folder / f"{job.stem}.json").read_text())
 
 
@@ -382,10 +401,9 @@ def agreement(folder: Path, job: Job) -> dict[str, float]:
     if job.library == "forebear" or not reference.exists() or not mine.exists():
         return {}
     pairs = list(zip(np.atleast_2d(np.load(reference)), np.atleast_2d(np.load(mine)), strict=True))
-    return {
-        "spearman": float(np.mean([spearmanr(a, b).statistic for a, b in pairs])),
-        "pearson": float(np.mean([pearsonr(a, b).statistic for a, b in pairs])),
-    }
+    pearson = [np.corrcoef(a, b)[0, 1] for a, b in pairs]
+    spearman = [np.corrcoef(rankdata(a), rankdata(b))[0, 1] for a, b in pairs]
+    return {"spearman": float(np.mean(spearman)), "pearson": float(np.mean(pearson))}
 
 
 def describe(job: Job, row: dict[str, Any]) -> str:

@@ -175,6 +175,7 @@ def median_ratio(
         passes: plain passes before and again after the work in each repeat; their median counts.
             One is enough for many repeats, more steady the ratio of a work that runs only once.
     """
+    result = None
     plain_pass(model, data, batch_size)  # the first pass of a process also pays for allocation
     ratios, seconds, plains = [], [], []
     begin = time.perf_counter()

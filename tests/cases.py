@@ -227,6 +227,13 @@ def encoder_layer() -> nn.Module:
     )
 
 
+def nested_encoder() -> nn.Module:
+    # torch packs this one's padded batch into a nested tensor when nothing requires a gradient.
+    layer = nn.TransformerEncoderLayer(6, 2, 8, batch_first=True)
+    encoder = nn.TransformerEncoder(layer, 2, enable_nested_tensor=True)
+    return Net(lambda self, x: x, first=nn.Identity(), encoder=encoder, head=nn.Linear(6, 3))
+
+
 def masked_padding(model: nn.Module, batch: Any) -> Tensor:
     """A loss over a dict batch whose encoder is told which positions are padding."""
     hidden = model.get_submodule("first")(batch["x"])
@@ -263,6 +270,13 @@ def recurrent(kind: type[nn.Module]) -> Callable[[], nn.Module]:
 
 
 RECURRENT = tuple(f"recurrent.{kind}_{of}_l0" for kind in ("weight", "bias") for of in ("ih", "hh"))
+
+
+ATTENTION = tuple(
+    f"encoder.layers.{i}.self_attn.{name}"
+    for i in range(2)
+    for name in ("in_proj_weight", "in_proj_bias", "out_proj.weight", "out_proj.bias")
+)
 
 
 def without_gradient() -> nn.Module:
@@ -372,12 +386,9 @@ CASES = [
     Case("attention", attention, sequences(),
          fallback=("attention.in_proj_weight", "attention.in_proj_bias",
                    "attention.out_proj.weight", "attention.out_proj.bias")),
-    Case("encoder", encoder_layer, sequences(), fallback=tuple(
-        f"encoder.layers.{i}.self_attn.{name}" for i in range(2)
-        for name in ("in_proj_weight", "in_proj_bias", "out_proj.weight", "out_proj.bias"))),
-    Case("encoder with padding", encoder_layer, padded_sequences, masked_padding, tuple(
-        f"encoder.layers.{i}.self_attn.{name}" for i in range(2)
-        for name in ("in_proj_weight", "in_proj_bias", "out_proj.weight", "out_proj.bias"))),
+    Case("encoder", encoder_layer, sequences(), fallback=ATTENTION),
+    Case("encoder with padding", encoder_layer, padded_sequences, masked_padding, ATTENTION),
+    Case("encoder with nested tensors", nested_encoder, padded_sequences, masked_padding, ATTENTION),
     Case("weight norm", weight_norm, vectors(), fallback=(
         "0.parametrizations.weight.original0", "0.parametrizations.weight.original1")),
     Case("lstm", recurrent(nn.LSTM), sequences(), fallback=RECURRENT),

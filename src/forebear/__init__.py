@@ -1,10 +1,10 @@
 """forebear traces what a model did back to the training data that made it do so.
 
-    import forebear as fb
+import forebear as fb
 
-    task = fb.Task(model, loss=fb.losses.cross_entropy)
-    fitted = fb.EKFAC(damping=0.1).fit(task, train)
-    scores = fitted.score(queries)      # [query, train]; positive = proponent
+task = fb.Task(model, loss=fb.losses.cross_entropy)
+fitted = fb.EKFAC(damping=0.1).fit(task, train)
+scores = fitted.score(queries)      # [query, train]; positive = proponent
 """
 
 from importlib import import_module
@@ -39,7 +39,12 @@ _PUBLIC = {
     "load": "pipeline",
     "progress": "progress",
 }
-_MODULES = {"methods": "methods", "losses": "tasks.losses", "metrics": "metrics", "errors": "errors"}
+_MODULES = {
+    "methods": "methods",
+    "losses": "tasks.losses",
+    "metrics": "metrics",
+    "errors": "errors",
+}
 
 __all__ = sorted([*_PUBLIC, *_MODULES])
 
@@ -58,4 +63,3 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return __all__
-

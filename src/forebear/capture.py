@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from forebear.blocks import Block, Plan, Role, Use
+from forebear.blocks import Block, Plan, Use
 from forebear.data import batch_length, map_tensors
 from forebear.errors import NonFiniteError, TaskError
 from forebear.layers import Factors
@@ -53,7 +53,7 @@ class _Call:
     g: Tensor | None = None
 
     def receive(self, g: Tensor) -> None:
-        self.g = g if self.g is None else self.g + g
+        self.g = g
 
 
 class Capture:
@@ -182,6 +182,8 @@ class Capture:
         self.failed.update(use.block for use in self._uses[module])
 
     def _backward(self, total: Tensor, calls: list[_Call]) -> None:
+        for call in calls:  # a loss that differentiates inside has been here before
+            call.g = None
         try:
             torch.autograd.backward(total, inputs=[self._anchor])
         except RuntimeError:
@@ -216,7 +218,7 @@ class Capture:
         assert call.g is not None
         a, g = _at_least_float32(call.a), _at_least_float32(call.g)
         factors: Factors | None = None
-        named: dict[str, Tensor] | None = None
+        named: dict[str, Tensor] = {}
         parts: list[tuple[Use, Factors]] = []
         for use in self._uses[call.module]:
             rule: Any = use.rule
@@ -225,8 +227,9 @@ class Capture:
                 flat = torch.cat([named[key].flatten(1) for key in use.local], 1)
                 parts.append((use, _vector(flat.view(self._size, -1, flat.shape[1]).sum(1))))
                 continue
-            factors = factors or self._fold(rule.factors(layer, a, g))
-            parts.append((use, _play(factors, use.role)))
+            if factors is None:
+                factors = self._fold(rule.factors(layer, a, g, bias=use.role == "joint"))
+            parts.append((use, _vector(factors.left.sum(1)) if use.role == "bias" else factors))
         return parts
 
     def _fold(self, factors: Factors) -> Factors:
@@ -288,7 +291,7 @@ def _one_by_one(
     return {name: torch.stack(g) for name, g in zip(names, zip(*rows, strict=True), strict=True)}
 
 
-def dense_gradients(value: Tensor, parameters: list[nn.Parameter]) -> tuple[Tensor, ...]:
+def dense_gradients(value: Tensor, parameters: list[Tensor]) -> tuple[Tensor, ...]:
     """Autograd's gradient of a scalar; zeros for parameters that it does not depend on."""
     if not value.requires_grad:
         return tuple(torch.zeros_like(p) for p in parameters)
@@ -313,9 +316,7 @@ class Wrapped(nn.Module):
 
 
 @contextmanager
-def only_these_need_gradients(
-    model: nn.Module, names: tuple[str, ...]
-) -> Iterator[list[nn.Parameter]]:
+def only_these_need_gradients(model: nn.Module, names: tuple[str, ...]) -> Iterator[list[Tensor]]:
     """Only the parameters called `names` require gradients inside the block."""
     before = {p: p.requires_grad for p in model.parameters()}
     named = dict(model.named_parameters()) if names else {}
@@ -338,16 +339,6 @@ def _layer_by_layer_attention() -> Iterator[None]:
         yield
     finally:
         torch.backends.mha.set_fastpath_enabled(before)
-
-
-def _play(factors: Factors, role: Role) -> Factors:
-    left, right = factors
-    if role == "joint":
-        ones = right.new_ones(*right.shape[:2], 1)
-        return Factors(left, torch.cat([right, ones], 2))
-    if role == "bias":
-        return _vector(left.sum(1))
-    return factors
 
 
 def _vector(gradient: Tensor) -> Factors:

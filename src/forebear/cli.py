@@ -16,11 +16,9 @@ from forebear.errors import ForebearError
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from forebear.run import Run
-
 INTERRUPTED = 130
 FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
-CORE = "torch numpy scipy safetensors pyarrow jinja2 pillow typer rich".split()
+CORE = ["torch", "numpy", "scipy", "safetensors", "pyarrow", "jinja2", "pillow", "typer", "rich"]
 OPTIONAL = {
     "scikit-learn": ("sklearn", "the digits of the demo, scikit-learn models"),
     "transformers": ("transformers", "language models"),
@@ -84,7 +82,7 @@ MethodName = Annotated[str | None, typer.Option("--method", "-m", help="Name of 
 
 
 def _examples(*lines: str) -> str:
-    return "[bold]Examples[/bold]\n\n" + "\n\n".join(f"  {line}" for line in lines)
+    return "[bold]Examples[/bold]\n" + "\n".join(f"  {line}" for line in lines)
 
 
 def _version(wanted: bool) -> None:
@@ -194,9 +192,10 @@ def top(
         raise ForebearError(f"{folder} holds no method: run 'forebear attribute' first")
     lists = read_top(folder, chosen.name, opponents=opponents).by_query()
     if query is not None and query not in lists:
-        from forebear.errors import unknown_name
-
-        raise unknown_name("query", query, lists)
+        raise ForebearError(
+            f"unknown query {query!r}: {folder} has {len(lists)}, from {next(iter(lists))!r} "
+            f"to {list(lists)[-1]!r}"
+        )
     kept = max((len(rows) for rows in lists.values()), default=0)
     if k > kept:
         raise ForebearError(
@@ -240,7 +239,7 @@ def report(
         webbrowser.open(path.resolve().as_uri())
 
 
-@app.command()
+@app.command(epilog=_examples("forebear methods", "forebear methods --json"))
 def methods(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
@@ -255,7 +254,7 @@ def methods(
     _print_table(columns, [[_cell(row.get(column)) for column in columns] for row in rows])
 
 
-@app.command()
+@app.command(epilog=_examples("forebear doctor"))
 def doctor(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
@@ -353,7 +352,7 @@ def _print_results(folder: Path) -> None:
     from forebear.report import words
     from forebear.run import Run
 
-    run: Run = Run.load(folder)
+    run = Run.load(folder)
     columns = ["method", "coverage", "time", "× plain pass", "LDS", "95 % interval", "AUC"]
     rows = [
         [

@@ -45,8 +45,8 @@ class Data:
             hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")
         ):
             raise DataError(
-                f"{type(dataset).__name__} is not a map-style dataset: it needs len() and indexing; "
-                "for an iterable, collect the examples into a list first"
+                f"{type(dataset).__name__} is not a map-style dataset: it needs len() and "
+                "indexing; for an iterable, collect the examples into a list first"
             )
         size = len(_leaves(self.columns)[0]) if self.columns is not None else len(dataset)
         if size == 0:

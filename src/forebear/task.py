@@ -202,7 +202,7 @@ def state_hash(state: State) -> str:
     for name, value in sorted(state.items()):
         value = value.detach().cpu().contiguous()
         digest.update(f"{name}{value.dtype}{tuple(value.shape)}".encode())
-        digest.update(value.view(-1).view(torch.uint8).numpy())
+        digest.update(value.view(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()[:16]
 
 

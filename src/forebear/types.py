@@ -20,8 +20,8 @@ class Provenance:
     """Where scores come from; two things may be compared only when these agree.
 
     `units` is `"removal"` (the measurement with the example minus without it, 1/n included) or
-    `"ranking"` (only the order counts). `coverage` is the share of the trainable parameters seen; None
-    for methods that use no gradients.
+    `"ranking"` (only the order counts). `coverage` is the share of the trainable parameters seen;
+    None for methods that use no gradients.
     """
 
     method: str

@@ -17,6 +17,8 @@ def rule_gradients(layer: Any, a: Tensor, g: Tensor) -> dict[str, Tensor]:
         return rule.gradients(layer, a, g)
     assert isinstance(rule, ConvRule)
     left, right = rule.factors(layer, a, g)
+    with_ones = rule.factors(layer, a, g, bias=True).right
+    assert torch.equal(with_ones, torch.cat([right, torch.ones_like(right[..., :1])], 2))
     dense = written_out(left, right, layer.out_channels)
     found = {"weight": torch.stack([rule.from_matrix(m, layer.weight) for m in dense])}
     return found if layer.bias is None else {**found, "bias": left.sum(1)}
@@ -43,7 +45,7 @@ def convolutions(draw: st.DrawFn, dimensions: int) -> tuple[Any, Tensor]:
     kernel, dilation = each(1, 3), each(1, 2)
     padding = draw(st.sampled_from(["same", "valid", "numbers"]))
     stride = (1,) * dimensions if padding == "same" else each(1, 3)
-    layer = (nn.Conv1d, nn.Conv2d)[dimensions - 1](
+    layer = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[dimensions - 1](
         groups * draw(st.integers(1, 2)),
         groups * draw(st.integers(1, 2)),
         kernel,  # type: ignore[arg-type]
@@ -68,6 +70,17 @@ def test_conv1d(drawn: tuple[Any, Tensor]) -> None:
 @given(drawn=convolutions(2))
 def test_conv2d(drawn: tuple[Any, Tensor]) -> None:
     assert_rule_is_right(*drawn)
+
+
+@settings(max_examples=10, deadline=None)
+@given(drawn=convolutions(3))
+def test_conv3d(drawn: tuple[Any, Tensor]) -> None:
+    assert_rule_is_right(*drawn)
+
+
+def test_channels_last_memory() -> None:
+    a = torch.randn(2, 3, 5, 6).double().to(memory_format=torch.channels_last)
+    assert_rule_is_right(nn.Conv2d(3, 4, 2, stride=2).double(), a)
 
 
 @pytest.mark.parametrize("kernel", [2, 4])

@@ -1,3 +1,5 @@
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -8,10 +10,12 @@ from forebear.layers import rule_for
 from oracles import layer_gradients_by_vmap, layer_gradients_one_at_a_time, written_out
 
 
-def rule_gradients(layer: nn.Module, a: Tensor, g: Tensor) -> dict[str, Tensor]:
+def rule_gradients(layer: Any, a: Tensor, g: Tensor) -> dict[str, Tensor]:
     """What a matrix rule says, as gradients of weight and bias, written out slowly."""
-    rule = rule_for(layer)
+    rule: Any = rule_for(layer)
     left, right = rule.factors(layer, a, g)
+    with_ones = rule.factors(layer, a, g, bias=True).right
+    assert torch.equal(with_ones, torch.cat([right, torch.ones_like(right[..., :1])], 2))
     rows, _ = rule.to_matrix(layer.weight).shape
     dense = written_out(left, right, rows)
     found = {"weight": torch.stack([rule.from_matrix(m, layer.weight) for m in dense])}

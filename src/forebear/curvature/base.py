@@ -1,5 +1,6 @@
 """What a curvature is to the methods: an inner product between gradients."""
 
+from collections.abc import Iterator
 from typing import Any, Protocol
 
 from torch import Tensor
@@ -7,10 +8,40 @@ from torch import Tensor
 from forebear.blocks import Plan
 from forebear.capture import Function, Gradients
 from forebear.curvature.damping import Damping
-from forebear.stream import Stream
+from forebear.data import Data
+from forebear.task import Task
 
 QUERY_BYTES = 2**28
 """Memory that prepared queries may take at a time (256 MB); more queries come in groups."""
+
+
+class GradientStream(Protocol):
+    """Gradients of a dataset, batch by batch: as they are, projected, or kept in memory."""
+
+    @property
+    def task(self) -> Task:
+        """Model and functions."""
+        ...
+
+    @property
+    def plan(self) -> Plan:
+        """Blocks of the gradients."""
+        ...
+
+    @property
+    def data(self) -> Data:
+        """What is run over."""
+        ...
+
+    def gradients(
+        self, function: Function, description: str
+    ) -> Iterator[tuple[slice, Tensor, Gradients]]:
+        """Positions, values `[b]` and gradients of `function`."""
+        ...
+
+    def batches(self, description: str) -> Iterator[tuple[slice, Any]]:
+        """Positions and batches."""
+        ...
 
 
 class FittedCurvature(Protocol):
@@ -48,7 +79,7 @@ class Curvature(Protocol):
     """A choice of C: a frozen configuration."""
 
     def fit(
-        self, stream: Stream, function: Function, damping: Damping, seed: int
+        self, stream: GradientStream, function: Function, damping: Damping, seed: int
     ) -> FittedCurvature:
         """Estimate C from the gradients of `function` over a stream."""
         ...

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from forebear.blocks import Plan
 from forebear.capture import Function, Gradients
+from forebear.curvature.base import GradientStream
 from forebear.curvature.damping import Damping
 from forebear.curvature.identity import empty_products
 from forebear.curvature.moments import add_gram
@@ -17,7 +18,6 @@ from forebear.data import map_tensors
 from forebear.errors import NumericalWarning, TaskError
 from forebear.gradients import QuerySide, add_products, materialise
 from forebear.layers import Factors
-from forebear.stream import Stream
 
 LARGEST = 20_000
 """Parameters beyond which a dense matrix is refused (3.2 GB in double precision)."""
@@ -37,7 +37,9 @@ class Dense:
     kind: Literal["hessian", "gauss_newton", "fisher"] = "hessian"
     indefinite: Literal["absolute", "clip", "keep"] = "absolute"
 
-    def fit(self, stream: Stream, function: Function, damping: Damping, seed: int) -> "FittedDense":
+    def fit(
+        self, stream: GradientStream, function: Function, damping: Damping, seed: int
+    ) -> "FittedDense":
         """Accumulate the matrix over the stream and factorise it.
 
         Raises:
@@ -70,7 +72,7 @@ class Dense:
             inverse=tensors.get("inverse"),
         )
 
-    def _fisher(self, stream: Stream, function: Function) -> Tensor:
+    def _fisher(self, stream: GradientStream, function: Function) -> Tensor:
         total: Tensor | None = None
         for _, _, gradients in stream.gradients(function, "second moments"):
             for rows in flat(gradients, stream.plan):
@@ -79,7 +81,7 @@ class Dense:
         assert total is not None
         return total
 
-    def _gauss_newton(self, stream: Stream, function: Function) -> Tensor:
+    def _gauss_newton(self, stream: GradientStream, function: Function) -> Tensor:
         objective = stream.task.objective
         outputs = _outputs_per_example(stream)
         total: Tensor | None = None
@@ -95,7 +97,7 @@ class Dense:
         assert total is not None
         return total
 
-    def _hessian(self, stream: Stream, function: Function) -> Tensor:
+    def _hessian(self, stream: GradientStream, function: Function) -> Tensor:
         from forebear.capture import Wrapped
 
         task, plan = stream.task, stream.plan
@@ -162,7 +164,8 @@ class FittedDense:
         """`(C + λI)⁻¹` applied to each row of `[m, P]`."""
         if self.factor is not None:
             return torch.cholesky_solve(rows.T.to(self.factor.dtype), self.factor).T.to(rows.dtype)
-        assert self.vectors is not None and self.inverse is not None
+        assert self.vectors is not None
+        assert self.inverse is not None
         return (rows @ self.vectors * self.inverse) @ self.vectors.T
 
     def query_bytes(self, query: Gradients, queries: int) -> int:
@@ -227,7 +230,7 @@ def _cholesky(matrix: Tensor, damping: float) -> Tensor:
     return factor
 
 
-def _outputs_per_example(stream: Stream) -> int:
+def _outputs_per_example(stream: GradientStream) -> int:
     batch = stream.data.batch(slice(0, 1))
     batch = map_tensors(lambda t: t.to(stream.task.device), batch)
     with stream.task.evaluation(), torch.no_grad():

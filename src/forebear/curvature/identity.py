@@ -7,6 +7,7 @@ from torch import Tensor
 
 from forebear.blocks import Plan
 from forebear.capture import Function, Gradients
+from forebear.curvature.base import GradientStream
 from forebear.curvature.damping import Damping
 from forebear.gradients import (
     QuerySide,
@@ -16,7 +17,6 @@ from forebear.gradients import (
     query_side,
     squared_norms,
 )
-from forebear.stream import Stream
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class Identity:
     """C + λI is the identity: gradients are compared as they are."""
 
     def fit(
-        self, stream: Stream, function: Function, damping: Damping, seed: int
+        self, stream: GradientStream, function: Function, damping: Damping, seed: int
     ) -> "FittedIdentity":
         """Nothing is estimated: no pass over the data."""
         return FittedIdentity(stream.plan)

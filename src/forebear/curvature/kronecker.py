@@ -20,6 +20,7 @@ from torch import Tensor
 
 from forebear.blocks import Block, Plan
 from forebear.capture import Function, Gradients
+from forebear.curvature.base import GradientStream
 from forebear.curvature.damping import Damping
 from forebear.curvature.moments import FactorMoments, eigenvectors
 from forebear.errors import TaskError
@@ -29,12 +30,10 @@ from forebear.gradients import (
     add_products,
     materialise,
     positions_of,
-    prefers_matrix,
     rows_of,
     sum_by_row,
 )
 from forebear.layers import Factors
-from forebear.stream import Stream
 
 MAX_DIMENSION = 8192
 """Sides longer than this get a diagonal second moment: their eigenvectors would not fit."""
@@ -58,7 +57,7 @@ class Kronecker:
     rank: int | None = 32
 
     def fit(
-        self, stream: Stream, function: Function, damping: Damping, seed: int
+        self, stream: GradientStream, function: Function, damping: Damping, seed: int
     ) -> "FittedKronecker":
         """One pass for the factors' moments and, for EK-FAC, one for the eigenvalues."""
         function = self._function(stream, function, seed)
@@ -102,7 +101,7 @@ class Kronecker:
             blocks[name] = self._block(basis, parts["eigenvalues"], value)
         return FittedKronecker(plan, blocks)
 
-    def _function(self, stream: Stream, function: Function, seed: int) -> Function:
+    def _function(self, stream: GradientStream, function: Function, seed: int) -> Function:
         if self.targets == "empirical":
             return function
         objective = stream.task.objective
@@ -122,7 +121,7 @@ class Kronecker:
         return sampled
 
     def _measured(
-        self, stream: Stream, function: Function, bases: dict[str, "Basis"]
+        self, stream: GradientStream, function: Function, bases: dict[str, "Basis"]
     ) -> dict[str, Tensor]:
         totals = {name: basis.empty() for name, basis in bases.items()}
         for _, _, gradients in stream.gradients(function, "curvature eigenvalues"):

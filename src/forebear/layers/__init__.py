@@ -17,6 +17,7 @@ RULES = {
     "transformers.pytorch_utils.Conv1D": "linear",
     "Conv1d": "conv",
     "Conv2d": "conv",
+    "Conv3d": "conv",
     "Embedding": "embedding",
     "LayerNorm": "norm",
     "GroupNorm": "norm",

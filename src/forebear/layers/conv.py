@@ -1,7 +1,9 @@
-"""`torch.nn.Conv1d` and `Conv2d`: a linear layer applied to every patch of its input."""
+"""`torch.nn.Conv1d`, `Conv2d`, `Conv3d`: a linear layer applied to every patch of its input."""
 
+import math
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -15,9 +17,9 @@ class ConvRule:
     convolution layers" (2016), section 3.
     """
 
-    def factors(self, layer: nn.Module, a: Tensor, g: Tensor) -> Factors:
+    def factors(self, layer: nn.Module, a: Tensor, g: Tensor, *, bias: bool = False) -> Factors:
         """`left` are output gradients `[b, t, o]`, `right` are patches `[b, t, i * k]`."""
-        return Factors(g.flatten(2).mT, _patches(layer, a).mT)
+        return Factors(g.flatten(2).mT, _patches(layer, a, g.shape[2:], bias=bias).mT)
 
     def to_matrix(self, weight: Tensor) -> Tensor:
         """`[o, i, *kernel]` to `[o, i * k]`."""
@@ -39,8 +41,9 @@ class GroupedConvRule:
         """Gradients of `weight` `[b, o, i / groups, *kernel]` and, if there is one, `bias`."""
         convolution: Any = layer
         groups, size = convolution.groups, len(g)
+        patches = _patches(layer, a, g.shape[2:])
         g = g.flatten(2)  # [b, o, t]
-        patches = _patches(layer, a).reshape(size * groups, -1, g.shape[2])
+        patches = patches.reshape(size * groups, -1, g.shape[2])
         weight = g.reshape(size * groups, -1, g.shape[2]) @ patches.mT
         grads = {"weight": weight.reshape(size, *convolution.weight.shape)}
         if convolution.bias is not None:
@@ -53,22 +56,34 @@ def rule(layer: nn.Module) -> ConvRule | GroupedConvRule:
     return ConvRule() if layer.groups == 1 else GroupedConvRule()
 
 
-def _patches(layer: Any, a: Tensor) -> Tensor:
-    """Inputs under the kernel at each output position, `[b, i * k, t]`."""
-    kernel, stride, dilation = layer.kernel_size, layer.stride, layer.dilation
+def _patches(layer: Any, a: Tensor, positions: torch.Size, *, bias: bool = False) -> Tensor:
+    """Inputs under the kernel at each output position, `[b, i * k, t]`; a row of ones for a bias.
+
+    One strided copy: several times faster than `F.unfold`, and the row of ones costs nothing.
+    """
+    kernel, size, channels = layer.kernel_size, *a.shape[:2]
     padding = _padding(layer)
-    if layer.padding_mode != "zeros" or any(low != high for low, high in padding):
+    if any(side for pair in padding for side in pair):
         sides = [side for pair in reversed(padding) for side in pair]  # F.pad counts from the last
         mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
         a = F.pad(a, sides, mode=mode)
-        padding = [(0, 0)] * len(kernel)
-    if not any(low for low, _ in padding) and set(kernel) == {1} and set(stride) == {1}:
+    elif not bias and set(kernel) == set(layer.stride) == {1}:
         return a.flatten(2)
-    margins = [low for low, _ in padding]
-    if len(kernel) == 1:  # a picture one pixel high
-        kernel, stride, dilation = (1, *kernel), (1, *stride), (1, *dilation)
-        a, margins = a[:, :, None], [0, *margins]
-    return F.unfold(a, kernel, dilation=dilation, padding=margins, stride=stride)
+    steps = a.stride()[2:]
+    window = a.as_strided(
+        (size, channels, *kernel, *positions),
+        (
+            *a.stride()[:2],
+            *(step * d for step, d in zip(steps, layer.dilation, strict=True)),
+            *(step * s for step, s in zip(steps, layer.stride, strict=True)),
+        ),
+    )  # [b, i, *kernel, *positions], overlapping views of the input
+    rows = channels * math.prod(kernel)
+    patches = a.new_empty(size, rows + bias, math.prod(positions))
+    patches[:, :rows].unflatten(1, (channels, *kernel)).unflatten(-1, positions).copy_(window)
+    if bias:
+        patches[:, rows] = 1
+    return patches
 
 
 def _padding(layer: Any) -> list[tuple[int, int]]:

@@ -10,8 +10,8 @@ from forebear.layers.rule import Factors
 class EmbeddingRule:
     """`y = W[index]`; the gradient adds `g_t` to the row that was looked up."""
 
-    def factors(self, layer: nn.Module, a: Tensor, g: Tensor) -> Factors:
-        """`left` are indices `[b, t]`, `right` are output gradients `[b, t, d]`."""
+    def factors(self, layer: nn.Module, a: Tensor, g: Tensor, *, bias: bool = False) -> Factors:
+        """`left` are indices `[b, t]`, `right` are output gradients `[b, t, d]`; never a bias."""
         embedding: Any = layer
         size = len(g)
         left = a.reshape(size, -1)

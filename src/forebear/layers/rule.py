@@ -22,13 +22,14 @@ class Factors(NamedTuple):
 class MatrixRule(Protocol):
     """A layer that multiplies by a matrix: its gradient is a sum of outer products."""
 
-    def factors(self, layer: nn.Module, a: Tensor, g: Tensor) -> Factors:
+    def factors(self, layer: nn.Module, a: Tensor, g: Tensor, *, bias: bool = False) -> Factors:
         """Factors of the gradient of `layer.weight`; the bias gradient is the sum of `left`.
 
         Args:
             layer: the layer that was called.
             a: what went in, examples first.
             g: gradient of the summed loss at what came out.
+            bias: whether `right` ends with a column of ones, so that the bias is one more input.
         """
         ...
 

@@ -16,6 +16,7 @@ class Entry:
     """One registered method.
 
     Attributes:
+        label: the name for people.
         factory: `module:name` of what makes the configuration.
         family: what kind of reasoning it is.
         needs: what it must be given.
@@ -24,6 +25,7 @@ class Entry:
         paper: where it comes from.
     """
 
+    label: str
     factory: str
     family: str
     needs: str
@@ -33,8 +35,9 @@ class Entry:
 
 
 METHODS = {
-    "random": Entry("baselines:Random", "baseline", "nothing", "none", "any", "—"),
+    "random": Entry("Random", "baselines:Random", "baseline", "nothing", "none", "any", "—"),
     "similarity": Entry(
+        "Similarity",
         "baselines:Similarity",
         "representation",
         "final model",
@@ -43,12 +46,25 @@ METHODS = {
         "Hanawa et al. 2021",
     ),
     "graddot": Entry(
-        "gradient:GradDot", "gradient", "final model", "about 1.5", "any", "Charpiat et al. 2019"
+        "GradDot",
+        "gradient:GradDot",
+        "gradient",
+        "final model",
+        "about 1.5",
+        "any",
+        "Charpiat et al. 2019",
     ),
     "gradcos": Entry(
-        "gradient:GradCos", "gradient", "final model", "about 1.5", "any", "Charpiat et al. 2019"
+        "GradCos",
+        "gradient:GradCos",
+        "gradient",
+        "final model",
+        "about 1.5",
+        "any",
+        "Charpiat et al. 2019",
     ),
     "tracin": Entry(
+        "TracIn",
         "gradient:TracIn",
         "gradient",
         "checkpoints with learning rates",
@@ -57,6 +73,7 @@ METHODS = {
         "Pruthi et al. 2020",
     ),
     "exact": Entry(
+        "Exact influence",
         "exact:Exact",
         "influence",
         "final model, up to 20,000 parameters",
@@ -65,6 +82,7 @@ METHODS = {
         "Koh & Liang 2017",
     ),
     "kfac": Entry(
+        "K-FAC",
         "kronecker:KFAC",
         "influence",
         "final model",
@@ -73,6 +91,7 @@ METHODS = {
         "Martens & Grosse 2015",
     ),
     "ekfac": Entry(
+        "EK-FAC",
         "kronecker:EKFAC",
         "influence",
         "final model",
@@ -81,6 +100,7 @@ METHODS = {
         "Grosse et al. 2023",
     ),
     "trak": Entry(
+        "TRAK",
         "trak:TRAK",
         "influence",
         "final model or several",
@@ -121,9 +141,9 @@ def table() -> list[dict[str, str]]:
     """Every method as a row: name, family, access needed, cost, modalities, paper."""
     rows = []
     for name, entry in METHODS.items():
-        row = {"name": name} | asdict(entry)
-        del row["factory"]
-        rows.append(row)
+        facts = asdict(entry)
+        del facts["factory"]
+        rows.append({"name": name, **facts})
     return rows
 
 

@@ -3,7 +3,6 @@
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from dataclasses import asdict, is_dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
@@ -13,6 +12,7 @@ from torch import Tensor
 
 from forebear.data import Data
 from forebear.errors import DataError, MismatchError, NonFiniteError, NumericalWarning
+from forebear.methods.settings import settings_of
 from forebear.task import Task
 from forebear.types import Provenance, Scores, TopK, check_k, write_json
 
@@ -188,22 +188,6 @@ class Fitted(ABC):
             )
 
 
-def settings_of(method: Any) -> dict[str, Any]:
-    """A configuration as JSON-able nested dicts, with the class names of its parts."""
-
-    def plain(value: Any) -> Any:
-        if is_dataclass(value) and not isinstance(value, type):
-            fields = {key: plain(getattr(value, key)) for key in asdict(value)}
-            return {"type": type(value).__name__, **fields}
-        if isinstance(value, tuple | list):
-            return [plain(item) for item in value]
-        return value if isinstance(value, str | int | float | bool | None) else repr(value)
-
-    found = plain(method)
-    found.pop("name", None)
-    return found
-
-
 def warn_about_zeros(norms: Tensor, what: str) -> None:
     """A zero gradient has no direction: its normalised score is zero, and that is said."""
     zeros = int((norms == 0).sum())
@@ -264,4 +248,3 @@ def _strongest(values: Tensor, k: int) -> Tensor:
     if ((values >= found[:, -1:]).sum(1) > k).any() or (found[:, 1:] == found[:, :-1]).any():
         return values.argsort(dim=1, descending=True, stable=True)[:, :k]
     return order
-

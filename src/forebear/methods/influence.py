@@ -1,7 +1,7 @@
 """The one equation behind every gradient method.
 
-`score(q, z) = −(1/n) ⟨∇m(q), (C + λI)⁻¹ ∇ℓ(z)⟩`: training on z moves the parameters along −∇ℓ(z), so
-an example that raises the measurement m of the query scores above zero. A method is a choice of
+`score(q, z) = −(1/n) ⟨∇m(q), (C + λI)⁻¹ ∇ℓ(z)⟩`: training on z moves the parameters along −∇ℓ(z),
+so an example that raises the measurement m of the query scores above zero. A method is a choice of
 gradient, curvature, projection, normalisation and checkpoints; the registered ones are one line
 each on top of this file.
 """

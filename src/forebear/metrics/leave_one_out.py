@@ -11,9 +11,9 @@ from forebear.metrics.correlation import correlations, warn_of_constants
 
 def loo_correlation(
     scores: Any,
-    outcomes_without: Any = None,
-    *,
     effects: Any = None,
+    *,
+    outcomes_without: Any = None,
     kind: str = "pearson",
 ) -> np.ndarray:
     """Correlation over examples between scores and real leave-one-out effects, `[q]`.
@@ -23,8 +23,9 @@ def loo_correlation(
 
     Args:
         scores: `[q, n]`; for truth on some examples only, the columns of those.
-        outcomes_without: `[n, q]`, the measurement of each query without each example.
-        effects: `[q, n]` in place of `outcomes_without`.
+        effects: `[q, n]`, oriented and signed as scores are.
+        outcomes_without: `[n, q]` in place of effects, the measurement of each query without each
+            example.
         kind: `"pearson"` or `"spearman"`.
 
     Raises:

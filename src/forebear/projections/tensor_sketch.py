@@ -1,9 +1,9 @@
 """TensorSketch: a count sketch of a gradient that is never written out.
 
-Hashing entry (i, j) of `left ⊗ right` to `h(i) + h'(j) mod k` with sign `s(i) s'(j)` makes the sketch
-of an outer product the circular convolution of the sketches of its factors (Pham & Pagh 2013). In
-the frequency domain that is an elementwise product, sums over positions and blocks are sums, and
-inner products are kept (Parseval), so no inverse transform is needed.
+Hashing entry (i, j) of `left ⊗ right` to `h(i) + h'(j) mod k` with sign `s(i) s'(j)` makes the
+sketch of an outer product the circular convolution of the sketches of its factors (Pham & Pagh
+2013). In the frequency domain that is an elementwise product, sums over positions and blocks are
+sums, and inner products are kept (Parseval), so no inverse transform is needed.
 """
 
 from dataclasses import dataclass

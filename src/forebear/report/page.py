@@ -118,7 +118,10 @@ def _payload(
         "columns": tiles.columns if tiles is not None else 0,
         "labels": {m.name: m.label for m in run.methods},
         "best": run.best,
-        "queries": [{"proponents": q.proponents, "opponents": q.opponents} for q in shown],
+        "queries": [
+            {"example": q.example, "proponents": q.proponents, "opponents": q.opponents}
+            for q in shown
+        ],
         "suspects": {
             name: {"examples": s.examples, "finding": s.finding, "curve": s.curve}
             for name, s in suspicious.items()

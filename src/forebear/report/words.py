@@ -23,6 +23,11 @@ def count(value: int) -> str:
     return f"{value:,}"
 
 
+def plural(value: int, noun: str) -> str:
+    """`1 example`, `3 examples`."""
+    return f"{count(value)} {noun}{'' if value == 1 else 's'}"
+
+
 def multiple(value: float) -> str:
     """`3.24` as `3.2×`; two figures that count."""
     return f"{value:.2f}×" if value < 1 else f"{value:.1f}×" if value < 10 else f"{value:,.0f}×"
@@ -65,10 +70,9 @@ def title(run: Run) -> str:
     if best is not None and best.lds is not None:
         return f"{best.label} predicts retraining with rank correlation {number(best.lds.mean)}."
     if run.dataset is not None:
-        return (
-            f"{count(run.dataset.queries)} predictions, traced back to "
-            f"{count(run.dataset.train)} training examples."
-        )
+        predictions = plural(run.dataset.queries, "prediction")
+        examples = plural(run.dataset.train, "training example")
+        return f"{predictions}, traced back to {examples}."
     return run.title or "Training data attribution"
 
 

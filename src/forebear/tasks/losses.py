@@ -8,4 +8,11 @@ cross_entropy = CrossEntropy()
 squared_error = SquaredError()
 causal_lm = CausalLM()
 
-__all__ = ["CausalLM", "CrossEntropy", "SquaredError", "causal_lm", "cross_entropy", "squared_error"]
+__all__ = [
+    "CausalLM",
+    "CrossEntropy",
+    "SquaredError",
+    "causal_lm",
+    "cross_entropy",
+    "squared_error",
+]

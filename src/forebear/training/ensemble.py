@@ -334,7 +334,7 @@ def _require_finite(state: State, seeds: list[int]) -> None:
     bad: set[int] = set()
     for value in state.values():
         if value.is_floating_point():
-            finite = torch.isfinite(value.flatten(1)).all(1)
+            finite = torch.isfinite(value.reshape(len(value), -1)).all(1)
             bad.update(torch.nonzero(~finite)[:, 0].tolist())
     if bad:
         raise diverged([seeds[i] for i in bad], f"{len(bad)} of {len(seeds)} models")

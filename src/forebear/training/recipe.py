@@ -157,17 +157,16 @@ class Recipe:
         return Recipe(**{**fields, **changes})
 
     def make_optimizer(
-        self, parameters: list[Any], *, fused: bool = False
+        self, parameters: list[Any], *, fused: bool | None = None
     ) -> torch.optim.Optimizer:
-        """The torch optimizer of this recipe."""
-        decay, fused_or_not = self.weight_decay, fused or None
+        """The torch optimizer of this recipe; `fused` makes an update in one pass over memory."""
         if self.optimizer == "sgd":
             return torch.optim.SGD(
                 parameters,
                 lr=self.learning_rate,
                 momentum=self.momentum,
-                weight_decay=decay,
-                fused=fused_or_not,
+                weight_decay=self.weight_decay,
+                fused=fused,
             )
         kind = torch.optim.Adam if self.optimizer == "adam" else torch.optim.AdamW
         return kind(
@@ -175,8 +174,8 @@ class Recipe:
             lr=self.learning_rate,
             betas=self.betas,
             eps=self.epsilon,
-            weight_decay=decay,
-            fused=fused_or_not,
+            weight_decay=self.weight_decay,
+            fused=fused,
         )
 
     @property

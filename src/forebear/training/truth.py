@@ -175,10 +175,9 @@ class GroundTruth:
         """
         facts = read_json(Path(folder) / "truth.json")
         tensors = _read_tensors(Path(folder) / "truth.safetensors")
-        names = [name for name in cls.__dataclass_fields__ if name in facts]
+        read: dict[str, Any] = {k: v for k, v in facts.items() if k in cls.__dataclass_fields__}
         try:
-            read = {name: facts[name] for name in names} | {"seeds": tuple(facts["seeds"])}
-            return cls(**read, **tensors)
+            return cls(**{**read, **tensors, "seeds": tuple(facts["seeds"])})
         except (KeyError, TypeError) as error:
             raise FormatError(f"{folder} does not hold a whole ground truth: {error}") from error
 

@@ -74,7 +74,7 @@ def recipe(*, epochs: int = 20) -> Recipe:
         losses.cross_entropy,
         learning_rate=0.05,
         momentum=0.9,
-        weight_decay=1e-3,
+        weight_decay=1e-2,
         epochs=epochs,
         batch_size=128,
         schedule="cosine",

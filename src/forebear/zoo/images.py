@@ -38,13 +38,13 @@ class Images:
 
     def with_flipped_labels(self, fraction: float = 0.05, seed: int = 0) -> "Images":
         """The same with some training labels changed, and `flipped` to say which."""
-        inputs, labels = self.train.columns
+        inputs, labels = self.train.batch(slice(None))
         wrong, flipped = flip_labels(labels, fraction, seed, classes=len(self.classes))
         return replace(self, train=Data((inputs, wrong)), flipped=flipped)
 
     def accuracy(self, model: nn.Module) -> float:
         """Share of the test set that the model classifies correctly."""
-        inputs, labels = self.test.columns
+        inputs, labels = self.test.batch(slice(None))
         with torch.no_grad():
             return float((model(inputs).argmax(1) == labels).float().mean())
 

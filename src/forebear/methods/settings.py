@@ -1,0 +1,63 @@
+"""Configurations as JSON and back, without pickle."""
+
+from dataclasses import fields, is_dataclass
+from importlib import import_module
+from typing import Any
+
+from forebear.errors import FormatError
+
+PARTS = {
+    "Influence": "forebear.methods.influence",
+    "Similarity": "forebear.methods.baselines",
+    "Random": "forebear.methods.baselines",
+    "Identity": "forebear.curvature",
+    "Kronecker": "forebear.curvature",
+    "Dense": "forebear.curvature",
+    "Relative": "forebear.curvature",
+    "Absolute": "forebear.curvature",
+    "Horizon": "forebear.curvature",
+    "Gaussian": "forebear.projections",
+    "TensorSketch": "forebear.projections",
+}
+"""Classes a saved configuration may name, and where they are; nothing else is ever imported."""
+
+
+def settings_of(method: Any) -> dict[str, Any]:
+    """A configuration as nested dicts, each with the class name of its part."""
+
+    def plain(value: Any) -> Any:
+        if is_dataclass(value) and not isinstance(value, type):
+            parts = {f.name: plain(getattr(value, f.name)) for f in fields(value)}
+            return {"type": type(value).__name__, **parts}
+        if isinstance(value, tuple | list):
+            return [plain(item) for item in value]
+        return value if isinstance(value, str | int | float | bool | None) else repr(value)
+
+    return plain(method)
+
+
+def method_of(settings: dict[str, Any]) -> Any:
+    """The configuration that `settings_of` described.
+
+    Raises:
+        FormatError: it names a class or a field that this version does not have.
+    """
+
+    def made(value: Any) -> Any:
+        if isinstance(value, list):
+            return tuple(made(item) for item in value)
+        if not isinstance(value, dict):
+            return value
+        kind = value.get("type")
+        if kind not in PARTS:
+            raise FormatError(
+                f"the saved settings name a part {kind!r} that this version does not have: pass "
+                "the configuration itself with method="
+            )
+        parts = {key: made(part) for key, part in value.items() if key != "type"}
+        try:
+            return getattr(import_module(PARTS[kind]), kind)(**parts)
+        except TypeError as error:
+            raise FormatError(f"the saved settings do not fit this version: {error}") from error
+
+    return made(settings)
