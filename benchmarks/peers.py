@@ -29,7 +29,6 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, TensorDataset
-
 from workloads import (
     MODELS,
     Workload,

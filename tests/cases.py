@@ -388,7 +388,8 @@ CASES = [
                    "attention.out_proj.weight", "attention.out_proj.bias")),
     Case("encoder", encoder_layer, sequences(), fallback=ATTENTION),
     Case("encoder with padding", encoder_layer, padded_sequences, masked_padding, ATTENTION),
-    Case("encoder with nested tensors", nested_encoder, padded_sequences, masked_padding, ATTENTION),
+    Case("encoder with nested tensors", nested_encoder, padded_sequences, masked_padding,
+         ATTENTION),
     Case("weight norm", weight_norm, vectors(), fallback=(
         "0.parametrizations.weight.original0", "0.parametrizations.weight.original1")),
     Case("lstm", recurrent(nn.LSTM), sequences(), fallback=RECURRENT),

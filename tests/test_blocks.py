@@ -1,8 +1,8 @@
 import pytest
 import torch
+from cases import CASES, Case
 from torch import nn
 
-from cases import CASES, Case
 from forebear.blocks import candidate_blocks
 from forebear.task import Task
 from forebear.tasks import losses

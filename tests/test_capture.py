@@ -2,16 +2,16 @@ from typing import Any
 
 import pytest
 import torch
+from cases import CASES, BareParameter, Case, vectors
+from oracles import gradients_by_vmap, gradients_one_at_a_time, rows
 from torch import Tensor, nn
 
-from cases import CASES, BareParameter, Case, vectors
 from forebear.capture import Capture
 from forebear.data import Data
 from forebear.errors import EvaluationModeWarning, NonFiniteError, TaskError
 from forebear.gradients import materialise
 from forebear.plan import make_plan
 from forebear.task import Task
-from oracles import gradients_by_vmap, gradients_one_at_a_time, rows
 
 
 def captured(task: Task, batch: Any, data: Any = None) -> dict[str, Tensor]:

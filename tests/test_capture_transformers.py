@@ -4,14 +4,14 @@ from typing import Any
 
 import pytest
 import torch
+from oracles import gradients_one_at_a_time
+from test_capture import assert_same, captured
 from torch import Tensor, nn
 
 from forebear.data import Data
 from forebear.plan import make_plan
 from forebear.task import Task
 from forebear.tasks import losses
-from oracles import gradients_one_at_a_time
-from test_capture import assert_same, captured
 
 transformers = pytest.importorskip("transformers")
 

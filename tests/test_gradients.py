@@ -2,6 +2,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from oracles import written_out
 
 from forebear import gradients
 from forebear.blocks import Block
@@ -15,7 +16,6 @@ from forebear.gradients import (
     squared_norms,
 )
 from forebear.layers import Factors
-from oracles import written_out
 
 
 def block(rows: int, cols: int) -> Block:

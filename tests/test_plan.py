@@ -3,9 +3,9 @@ from typing import Any
 
 import pytest
 import torch
+from cases import CASES, BareParameter, Net, vectors
 from torch import Tensor, nn
 
-from cases import CASES, BareParameter, Net, vectors
 from forebear.data import Data
 from forebear.errors import CoverageWarning, NonFiniteError, TaskError
 from forebear.plan import make_plan

@@ -6,7 +6,6 @@ third of a plain pass, are never computed: parameters need no gradient during th
 graph starts at the first captured layer instead.
 """
 
-import math
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -14,10 +13,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from forebear.blocks import Block, Plan, Use
-from forebear.data import batch_length, map_tensors
-from forebear.errors import NonFiniteError, TaskError
+from forebear.data import batch_length, map_tensors, require_finite
+from forebear.errors import TaskError
 from forebear.layers import Factors
 from forebear.task import Task, per_example
 
@@ -113,7 +113,7 @@ class Capture:
         finally:
             self._active = False
         calls, self._calls = self._calls, []
-        _require_finite(values.detach(), "loss")
+        require_finite(values.detach(), "loss")
         if values.requires_grad and calls:
             self._backward(values.sum(), calls)
         gradients: Gradients = {name: [] for name in self.plan.blocks}
@@ -126,8 +126,10 @@ class Capture:
         for name, terms in gradients.items():
             block = self.plan.blocks[name]
             gradients[name] = _merge(terms, block) or [self._zero(block)]
-            for term in gradients[name]:
-                _require_finite_terms(term, name)
+            for left, right in gradients[name]:
+                require_finite(right, f"gradient of {name!r}")
+                if left.is_floating_point():
+                    require_finite(left, f"gradient of {name!r}")
         return values.detach(), gradients
 
     def _expand(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -276,7 +278,9 @@ def _vectorised(
         return torch.func.functional_call(wrapped, chosen, (one,))[0]
 
     axes = (None, *(0 for _ in columns))
-    grads = torch.func.vmap(torch.func.grad(value), axes)(chosen, *columns)
+    # The fused attention kernels have no batching rule and would run one example at a time.
+    with sdpa_kernel(SDPBackend.MATH):
+        grads = torch.func.vmap(torch.func.grad(value), axes)(chosen, *columns)
     return {name.removeprefix("model."): g for name, g in grads.items()}
 
 
@@ -364,18 +368,3 @@ def _merge(terms: list[Factors], block: Block) -> list[Factors]:
 def _at_least_float32(x: Tensor) -> Tensor:
     half = x.is_floating_point() and x.dtype in (torch.float16, torch.bfloat16)
     return x.float() if half else x
-
-
-def _require_finite(values: Tensor, what: str) -> None:
-    bad = torch.nonzero(~torch.isfinite(values.reshape(len(values), -1)).all(1))[:, 0]
-    if len(bad):
-        error = NonFiniteError(f"the {what} is NaN or infinite for {len(bad)} examples")
-        error.rows = bad  # type: ignore[attr-defined]
-        raise error
-
-
-def _require_finite_terms(term: Factors, block: str) -> None:
-    for side in term:
-        # One sum is finite unless an entry is not; only then is every row looked at.
-        if side.is_floating_point() and not math.isfinite(side.sum().item()):
-            _require_finite(side, f"gradient of {block!r}")

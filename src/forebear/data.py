@@ -1,7 +1,9 @@
 """Datasets as forebear reads them: in order, in batches, with stable ids and a fingerprint."""
 
 import hashlib
+import math
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from typing import Any
 
@@ -10,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Subset, TensorDataset, default_collate
 
-from forebear.errors import DataError
+from forebear.errors import DataError, NonFiniteError
 
 Batch = Any
 """Whatever the loss takes: a tuple or a dict of tensors whose first axis is the example."""
@@ -57,7 +59,8 @@ class Data:
         values, counts = np.unique(self.ids, return_counts=True)
         if counts.max() > 1:
             raise DataError(
-                f"id {values[counts.argmax()]!r} stands {counts.max()} times: ids must be unique"
+                f"id {values[counts.argmax()].item()!r} stands {counts.max()} times: ids must be "
+                "unique"
             )
 
     @classmethod
@@ -129,6 +132,33 @@ def batch_length(batch: Batch) -> int:
     if not leaves:
         raise DataError(f"a batch of type {type(batch).__name__} holds no tensor")
     return len(leaves[0])
+
+
+def require_finite(values: Tensor, what: str) -> None:
+    """Raise `NonFiniteError`, whose `rows` are positions, when a row of `values` is NaN or inf."""
+    # One sum is finite unless an entry is not; only then is every row looked at.
+    if math.isfinite(values.sum().item()):
+        return
+    bad = torch.nonzero(~torch.isfinite(values.reshape(len(values), -1)).all(1))[:, 0]
+    if len(bad):
+        error = NonFiniteError(f"the {what} is NaN or infinite for {len(bad)} examples")
+        error.rows = bad
+        raise error
+
+
+@contextmanager
+def naming(data: Data, rows: slice | Tensor) -> Iterator[None]:
+    """Inside the block, a `NonFiniteError` about positions in a batch gets their ids."""
+    try:
+        yield
+    except NonFiniteError as error:
+        if error.rows is None:
+            raise
+        ids = data.ids[rows][error.rows.cpu().numpy()]
+        shown = ", ".join(map(str, ids[:5])) + (" …" if len(ids) > 5 else "")
+        raise NonFiniteError(
+            f"{error} (ids {shown}): remove or repair them, or raise the precision of the model"
+        ) from None
 
 
 def _leaves(batch: Batch) -> list[Tensor]:

@@ -278,15 +278,15 @@ class Demo:
         from safetensors.numpy import save_file
 
         path = self.out / "data.safetensors"
-        queries, labels = self.images.queries.columns
+        queries, labels = _pair(self.images.queries)
         with torch.no_grad():
             predictions = model(queries).argmax(1)
         save_file(
             {
                 "train_images": np.ascontiguousarray(self.images.train_images),
                 "query_images": np.ascontiguousarray(self.images.query_images),
-                "train_labels": self.clean.train.columns[1].numpy(),
-                "train_given_labels": self.images.train.columns[1].numpy(),
+                "train_labels": _pair(self.clean.train)[1].numpy(),
+                "train_given_labels": _pair(self.images.train)[1].numpy(),
                 "query_labels": labels.numpy(),
                 "query_predictions": predictions.numpy(),
                 "flipped": self.images.flipped.numpy(),
@@ -317,8 +317,14 @@ def _made(folder: Path) -> Path:
     return folder
 
 
+def _pair(data: Data) -> tuple[torch.Tensor, torch.Tensor]:
+    """Inputs and labels."""
+    inputs, labels = data.batch(slice(None))
+    return inputs, labels
+
+
 def _accuracy(model: nn.Module, data: Data) -> float:
-    inputs, labels = data.columns
+    inputs, labels = _pair(data)
     with torch.no_grad():
         return float((model(inputs).argmax(1) == labels).float().mean())
 

@@ -2,6 +2,7 @@
 
 import difflib
 from collections.abc import Iterable
+from typing import Any
 
 
 class ForebearError(Exception):
@@ -17,7 +18,9 @@ class DataError(ForebearError):
 
 
 class NonFiniteError(ForebearError):
-    """A loss, gradient or score is NaN or infinite."""
+    """A loss, gradient or score is NaN or infinite; `rows` has the positions in the batch."""
+
+    rows: Any = None
 
 
 class MismatchError(ForebearError):

@@ -8,11 +8,10 @@ from torch import Tensor
 
 from forebear.blocks import Block, Plan, Use, candidate_blocks
 from forebear.capture import Capture, dense_gradients, only_these_need_gradients
-from forebear.data import Data, map_tensors
-from forebear.errors import CoverageWarning, NonFiniteError, TaskError
+from forebear.data import Data, map_tensors, naming
+from forebear.errors import CoverageWarning, TaskError
 from forebear.gradients import materialise
 from forebear.layers import Factors
-from forebear.stream import named
 from forebear.task import Task
 
 PROBE = 4  # examples in the check: enough to mix them up, cheap enough to forget
@@ -43,11 +42,8 @@ def make_plan(task: Task, data: Data) -> Plan:
         # Losses that draw noise (diffusion) must draw the same in both passes.
         with torch.random.fork_rng():
             torch.manual_seed(0)
-            try:
+            with naming(data, rows):
                 _, gradients = capture.gradients(task.losses, batch)
-            except NonFiniteError as error:
-                error.rows = getattr(error, "rows", rows[:0]) % len(data)  # type: ignore[attr-defined]
-                raise named(error, data, slice(0, PROBE)) from None
             torch.manual_seed(0)
             truth = _autograd(task, batch, weights)
     noise = NOISE * sum(g.double().square().sum() for g in truth.values()) ** 0.5

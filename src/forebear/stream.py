@@ -7,8 +7,7 @@ from torch import Tensor
 
 from forebear.blocks import Plan
 from forebear.capture import Capture, Function, Gradients
-from forebear.data import Batch, Data
-from forebear.errors import NonFiniteError
+from forebear.data import Batch, Data, naming
 from forebear.progress import track
 from forebear.task import Task
 
@@ -41,33 +40,16 @@ class Stream:
         """
         with Capture(self.task, self.plan) as capture:
             for rows, batch in self.batches(description):
-                try:
+                with naming(self.data, rows):
                     values, gradients = capture.gradients(function, batch)
-                except NonFiniteError as error:
-                    raise named(error, self.data, rows) from None
                 yield rows, values, gradients
 
     def at(self, rows: slice, function: Function) -> tuple[Tensor, Gradients]:
         """Values and gradients of one batch."""
-        with Capture(self.task, self.plan) as capture:
-            try:
-                return capture.gradients(function, self.data.batch(rows))
-            except NonFiniteError as error:
-                raise named(error, self.data, rows) from None
+        with Capture(self.task, self.plan) as capture, naming(self.data, rows):
+            return capture.gradients(function, self.data.batch(rows))
 
     def batches(self, description: str) -> Iterator[tuple[slice, Batch]]:
         """Positions and batches, with a progress bar."""
         steps = -(-len(self.data) // self.batch_size)
         return track(self.data.batches(self.batch_size), description, total=steps)
-
-
-def named(error: NonFiniteError, data: Data, rows: slice) -> NonFiniteError:
-    """The error with ids instead of positions in a batch."""
-    positions = getattr(error, "rows", None)
-    if positions is None:
-        return error
-    ids = data.ids[rows][positions.cpu().numpy()]
-    shown = ", ".join(map(str, ids[:5])) + (" …" if len(ids) > 5 else "")
-    return NonFiniteError(
-        f"{error} (ids {shown}): remove or repair them, or raise the precision of the model"
-    )

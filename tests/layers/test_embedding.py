@@ -3,10 +3,10 @@ from typing import Any
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from oracles import layer_gradients_by_vmap, layer_gradients_one_at_a_time, written_out
 from torch import nn
 
 from forebear.layers import rule_for
-from oracles import layer_gradients_by_vmap, layer_gradients_one_at_a_time, written_out
 
 
 @settings(max_examples=25, deadline=None)

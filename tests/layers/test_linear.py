@@ -4,10 +4,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from oracles import layer_gradients_by_vmap, layer_gradients_one_at_a_time, written_out
 from torch import Tensor, nn
 
 from forebear.layers import rule_for
-from oracles import layer_gradients_by_vmap, layer_gradients_one_at_a_time, written_out
 
 
 def rule_gradients(layer: Any, a: Tensor, g: Tensor) -> dict[str, Tensor]:

@@ -1,5 +1,4 @@
 import importlib
-import warnings
 
 import numpy as np
 import pytest
@@ -214,6 +213,9 @@ def test_bootstrap_interval_leaves_out_nan_and_says_so() -> None:
     with pytest.warns(NumericalWarning, match="2 of 22"):
         interval = metrics.bootstrap_interval([*values, np.nan, np.nan])
     assert interval == metrics.bootstrap_interval(values)
-    with pytest.raises(DataError, match="no value"), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+
+
+@pytest.mark.filterwarnings("ignore::forebear.errors.NumericalWarning")
+def test_there_is_no_interval_of_nothing() -> None:
+    with pytest.raises(DataError, match="no value"):
         metrics.bootstrap_interval([np.nan])

@@ -41,6 +41,11 @@ def test_the_headline_names_another_method_that_finds_more_errors() -> None:
     assert text.endswith("labels in the order of GradDot finds all the planted errors.")
 
 
+def test_among_equals_the_best_method_finds_the_errors() -> None:
+    equal = replace(GRADDOT, found_in_first_10_percent=0.92, label_error_auc=0.99)
+    assert words.best_at_labels(replace(RUN, methods=[equal, EKFAC])) == EKFAC
+
+
 def test_a_run_without_truth_does_not_claim_any() -> None:
     run = Run(
         kind="attribute",

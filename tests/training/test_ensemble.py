@@ -4,6 +4,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.fx.experimental import proxy_tensor
 from torch.nn import functional as F
 
 from forebear.errors import DataError, ForebearWarning, NonFiniteError, TaskError
@@ -54,10 +55,9 @@ OPTIMIZERS = {
 
 @pytest.mark.parametrize("schedule", ["constant", "cosine"])
 @pytest.mark.parametrize("options", OPTIMIZERS.values(), ids=OPTIMIZERS)
-def test_an_ensemble_equals_training_one_at_a_time(options, schedule) -> None:
-    recipe = Recipe(
-        mlp, losses.cross_entropy, epochs=4, batch_size=8, schedule=schedule, **options
-    )
+def test_an_ensemble_equals_training_one_at_a_time(options, schedule, monkeypatch) -> None:
+    monkeypatch.setattr(ensemble, "TRACE_AFTER", 2)
+    recipe = Recipe(mlp, losses.cross_entropy, epochs=4, batch_size=8, schedule=schedule, **options)
     masks = uneven_subsets()
     together = recipe.train_many(blobs(), masks, SEEDS)
     for model, mask, seed in zip(together.models(), masks, SEEDS, strict=True):
@@ -73,11 +73,27 @@ def test_the_size_of_a_chunk_changes_nothing(monkeypatch) -> None:
         torch.testing.assert_close(other.state[name], value, rtol=0, atol=1e-12)
 
 
+def test_the_loss_is_traced_once_and_not_called_at_every_step(monkeypatch) -> None:
+    monkeypatch.setattr(ensemble, "TRACE_AFTER", 20)
+    calls = []
+
+    def loss(model: nn.Module, batch) -> Tensor:
+        calls.append(1)
+        return losses.cross_entropy(model, batch)
+
+    recipe = Recipe(mlp, loss, learning_rate=0.1, epochs=20, batch_size=10)
+    masks = torch.ones(3, 50, dtype=torch.bool)
+    together = recipe.train_many(blobs(), masks, 0)  # 100 steps
+    assert len(calls) < 30
+    assert difference(together.model(0), recipe.train(blobs())) < 1e-10
+
+
 def test_a_model_that_cannot_be_traced_is_still_stacked(monkeypatch) -> None:
     def refuse(*_: object) -> None:
         raise RuntimeError("no trace")
 
-    monkeypatch.setattr(ensemble, "make_fx", refuse)
+    monkeypatch.setattr(proxy_tensor, "make_fx", refuse)
+    monkeypatch.setattr(ensemble, "TRACE_AFTER", 0)
     recipe = Recipe(mlp, losses.cross_entropy, learning_rate=0.1, epochs=2, batch_size=8)
     masks = uneven_subsets()
     together = recipe.train_many(blobs(), masks, SEEDS)
@@ -104,7 +120,8 @@ class Convolutional(nn.Module):
         return self.head(self.second(F.gelu(self.first(h))))
 
 
-def test_convolutions_tied_and_frozen_weights_equal_the_loop() -> None:
+def test_convolutions_tied_and_frozen_weights_equal_the_loop(monkeypatch) -> None:
+    monkeypatch.setattr(ensemble, "TRACE_AFTER", 2)
     recipe = Recipe(
         Convolutional,
         losses.cross_entropy,
@@ -171,7 +188,8 @@ def test_models_of_another_shape_are_not_stacked() -> None:
 
 
 def test_divergence_and_wrong_counts_are_named() -> None:
-    recipe = Recipe(mlp, losses.cross_entropy, learning_rate=1e200, epochs=5, batch_size=8)
+    wild = {"learning_rate": 1e200, "weight_decay": 1.0}
+    recipe = Recipe(mlp, losses.cross_entropy, epochs=5, batch_size=8, **wild)
     with pytest.raises(NonFiniteError, match="diverged: 6 of 6 models"):
         recipe.train_many(blobs(), uneven_subsets(), 0)
     with pytest.raises(DataError, match="2 seeds were given for 6 subsets"):

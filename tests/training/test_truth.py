@@ -176,9 +176,7 @@ def test_removing_what_an_example_owes_lowers_its_measurement() -> None:
     # Queries of class one owe to examples of class one: a score known without any method.
     queries = (QUERIES[0][QUERIES[1] == 1], QUERIES[1][QUERIES[1] == 1])
     scores = (TRAIN[1] == 1).float()[None].repeat(len(queries[0]), 1)
-    found = removal_outcomes(
-        RECIPE, TRAIN, queries, scores, fractions=(0.1, 0.4), seeds=2, draws=3
-    )
+    found = removal_outcomes(RECIPE, TRAIN, queries, scores, fractions=(0.1, 0.4), seeds=2, draws=3)
     assert found.highest.shape == found.lowest.shape == found.random.shape == (2, len(queries[0]))
     assert (found.highest[1] < found.random[1]).all()
     assert (found.random[1] < found.lowest[1]).all()

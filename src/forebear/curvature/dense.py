@@ -14,7 +14,7 @@ from forebear.curvature.base import GradientStream
 from forebear.curvature.damping import Damping
 from forebear.curvature.identity import empty_products
 from forebear.curvature.moments import add_gram
-from forebear.data import map_tensors
+from forebear.data import map_tensors, naming, require_finite
 from forebear.errors import NumericalWarning, TaskError
 from forebear.gradients import QuerySide, add_products, materialise
 from forebear.layers import Factors
@@ -122,8 +122,11 @@ class Dense:
         rows = torch.func.jacrev(torch.func.grad(total_loss), chunk_size=64)
         total = point.new_zeros(len(point), len(point))
         with task.evaluation():
-            for _, batch in stream.batches("Hessian"):
-                total += rows(point, map_tensors(lambda t: t.to(task.device), batch)).detach()
+            for where, batch in stream.batches("Hessian"):
+                moved = map_tensors(lambda t: t.to(task.device), batch)
+                with torch.no_grad(), naming(stream.data, where):
+                    require_finite(function(task.model, moved), "loss")
+                total += rows(point, moved).detach()
         return 0.5 * (total + total.T)
 
     def _diagonalised(self, plan: Plan, matrix: Tensor, damping: float) -> "FittedDense":

@@ -3,8 +3,10 @@
 from typing import Any
 
 import numpy as np
+from torch import Tensor
 
 from forebear.errors import DataError, NonFiniteError
+from forebear.types import Scores
 
 
 def numbers(values: Any, what: str, shape: tuple[int | None, ...]) -> np.ndarray:
@@ -44,7 +46,8 @@ def flags(values: Any, what: str, shape: tuple[int | None, ...]) -> np.ndarray:
 
 
 def _plain(values: Any) -> Any:
-    return values.detach().cpu() if hasattr(values, "detach") else values
+    values = values.values if isinstance(values, Scores) else values
+    return values.detach().cpu() if isinstance(values, Tensor) else values
 
 
 def _require_shape(array: np.ndarray, what: str, shape: tuple[int | None, ...]) -> None:

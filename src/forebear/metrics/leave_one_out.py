@@ -22,7 +22,7 @@ def loo_correlation(
     effects changes no correlation, so minus the outcomes without each example serve as well.
 
     Args:
-        scores: `[q, n]`; for truth on some examples only, the columns of those.
+        scores: `[q, n]` or `Scores`; for truth on some examples only, the columns of those.
         effects: `[q, n]`, oriented and signed as scores are.
         outcomes_without: `[n, q]` in place of effects, the measurement of each query without each
             example.
@@ -31,7 +31,7 @@ def loo_correlation(
     Raises:
         DataError: shapes do not agree, both or neither truth was given, or n is below three.
     """
-    scores = numbers(getattr(scores, "values", scores), "scores", (None, None))
+    scores = numbers(scores, "scores", (None, None))
     queries, n = scores.shape
     if (outcomes_without is None) == (effects is None):
         raise DataError("give either outcomes_without [n, q] or effects [q, n]")

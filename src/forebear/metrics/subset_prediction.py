@@ -16,7 +16,7 @@ def lds(scores: Any, subsets: Any, outcomes: Any) -> np.ndarray:
     measurement of q under a model trained on S. Judge it against `noise_ceiling`.
 
     Args:
-        scores: `[q, n]`, positive = proponent.
+        scores: `[q, n]` or `Scores`, positive = proponent.
         subsets: bool `[m, n]`, the examples each model was trained on.
         outcomes: `[m, q]`, measurements averaged over seeds.
 
@@ -24,7 +24,7 @@ def lds(scores: Any, subsets: Any, outcomes: Any) -> np.ndarray:
         DataError: shapes do not agree, or there are fewer than three subsets.
         NonFiniteError: a score or outcome is NaN or infinite.
     """
-    scores = numbers(getattr(scores, "values", scores), "scores", (None, None))
+    scores = numbers(scores, "scores", (None, None))
     queries, n = scores.shape
     subsets = flags(subsets, "subsets", (None, n))
     outcomes = numbers(outcomes, "outcomes", (len(subsets), queries))

@@ -59,7 +59,7 @@ class Examples:
     def row(self, side: str, name: Any) -> int | None:
         """Position of an id in the arrays; an integer id without a list is its own position."""
         known = self.rows[side]
-        if str(name) in known or known:
+        if known:
             return known.get(str(name))
         return int(name) if str(name).isdigit() else None
 
@@ -106,10 +106,14 @@ class Examples:
 
     def pictures(self) -> np.ndarray | None:
         """`[m, h, w]` pictures of the examples shown; None where the run has no images."""
-        images = {"train": self.data.get("train_images"), "queries": self.data.get("query_images")}
-        if any(array is None for array in images.values()) or not self.shown:
+        train, queries = self.data.get("train_images"), self.data.get("query_images")
+        if train is None or queries is None or not self.shown:
             return None
-        found = [images[side][self.row(side, name) or 0] for side, name in self.shown]  # type: ignore[index]
+        blank = np.zeros_like(train[0])
+        found = []
+        for side, name in self.shown:
+            picture = self.value("train_images" if side == "train" else "query_images", side, name)
+            found.append(blank if picture is None else picture)
         return np.stack(found)
 
 

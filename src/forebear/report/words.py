@@ -51,13 +51,17 @@ def span(interval: Interval) -> str:
 
 
 def best_at_labels(run: Run) -> MethodResult | None:
-    """The method that found most planted label errors in the first tenth of its list."""
+    """The method that found most planted label errors in the first tenth of its list.
+
+    Among equals it is the run's best method, so that the page does not name two without need.
+    """
     able = [m for m in run.methods if m.found_in_first_10_percent is not None]
-    return max(
-        able,
-        key=lambda m: (m.found_in_first_10_percent or 0.0, m.label_error_auc or 0.0),
-        default=None,
-    )
+
+    def merit(method: MethodResult) -> tuple[float, bool, float]:
+        found = method.found_in_first_10_percent or 0.0
+        return found, method is run.best_method, method.label_error_auc or 0.0
+
+    return max(able, key=merit, default=None)
 
 
 def title(run: Run) -> str:

@@ -61,4 +61,8 @@ def _labels(batch: Any) -> Tensor:
         return batch["labels"]
     labels = batch["input_ids"]
     mask = batch.get("attention_mask")
-    return labels if mask is None else labels.masked_fill(mask == 0, IGNORED)
+    if mask is None:
+        return labels
+    labels = labels.masked_fill(mask == 0, IGNORED)
+    labels[:, 1:].masked_fill_(mask[:, :-1] == 0, IGNORED)  # nothing before it to predict it from
+    return labels

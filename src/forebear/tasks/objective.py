@@ -5,6 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from forebear.data import require_finite
+
 
 class Objective:
     """A loss `objective(model, batch) -> [b]` taken apart into model outputs and a loss on them.
@@ -35,6 +37,7 @@ class Objective:
     def sampled(self, model: nn.Module, batch: Any, generator: torch.Generator) -> Tensor:
         """Loss `[b]` at targets drawn from the model: its gradients have the true Fisher matrix."""
         outputs = self.outputs(model, batch)
+        require_finite(outputs.detach(), "model's output")
         return self.loss(outputs, self.sample(outputs.detach(), batch, generator))
 
     def link(self, model: nn.Module, batch: Any) -> tuple[Tensor, Tensor]:

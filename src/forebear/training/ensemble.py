@@ -7,6 +7,7 @@ are elementwise, so torch's own update of the stack is that of each member.
 
 import copy
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +15,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
-from torch.fx.experimental.proxy_tensor import make_fx
 
 from forebear.data import Data, batch_length, map_tensors
 from forebear.errors import DataError, ForebearWarning, TaskError
@@ -31,6 +31,9 @@ CHUNK = 50
 
 WORKSPACE = 2**28
 """Entries of the stacked parameters, gradients and optimizer state of a chunk (1 GB of float32)."""
+
+TRACE_AFTER = 40
+"""Steps of one shape before it is traced: a trace costs as much as some hundred small steps."""
 
 EVALUATION = 2**15
 """Member-example pairs evaluated at a time."""
@@ -166,7 +169,7 @@ class _Call(nn.Module):
 
 
 class _Gradients:
-    """Gradients of the weighted loss of each member; traced once a shape.
+    """Gradients of the weighted loss of each member; traced for a shape that comes often.
 
     The trace is the plain list of tensor operations. It saves the overhead of `vmap`, of swapping
     parameters and of autograd at every step, a third of the time for small models.
@@ -174,6 +177,7 @@ class _Gradients:
 
     def __init__(self, model: nn.Module, loss: Loss) -> None:
         self._call = _Call(model, loss)
+        self._steps: Counter[tuple[int, ...]] = Counter()
         self._traces: dict[tuple[int, ...], Callable[..., State]] = {}
 
     def __call__(self, parameters: State, buffers: State, batch: Any, weights: Tensor) -> State:
@@ -187,6 +191,9 @@ class _Gradients:
         """
         arguments = (parameters, buffers, batch, weights)
         shape = tuple(weights.shape)
+        self._steps[shape] += 1
+        if self._steps[shape] <= TRACE_AFTER:
+            return self.untraced(*arguments)
         if shape not in self._traces:
             self._traces[shape] = self._trace(arguments)
         return self._traces[shape](*arguments)
@@ -200,8 +207,13 @@ class _Gradients:
         return (per_example(losses, len(weights), "the loss") * weights).sum()
 
     def _trace(self, arguments: tuple[Any, ...]) -> Callable[..., State]:
+        from torch.fx.experimental import proxy_tensor  # slow to import, so only when used
+
+        def plain(parameters: State, buffers: State, batch: Any, weights: Tensor) -> State:
+            return self.untraced(parameters, buffers, batch, weights)
+
         try:
-            return make_fx(self.untraced)(*arguments)
+            return proxy_tensor.make_fx(plain)(*arguments)
         except Exception:  # whatever a trace cannot do, vmap may still do
             return self.untraced
 

@@ -12,6 +12,7 @@ from forebear.data import Data
 from forebear.errors import DataError
 from forebear.task import Loss
 from forebear.training.recipe import Recipe
+from forebear.types import Scores
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,7 +64,7 @@ def removal_outcomes(
         DataError: scores have another shape, or a fraction removes nothing or everything.
     """
     train, queries = Data.of(train), Data.of(queries)
-    values = torch.as_tensor(getattr(scores, "values", scores))
+    values = torch.as_tensor(scores.values if isinstance(scores, Scores) else scores)
     n, q = len(train), len(queries)
     if values.shape != (q, n):
         raise DataError(f"scores have shape {tuple(values.shape)}: [query, train] is {(q, n)}")
