@@ -158,7 +158,7 @@ def test_a_step_on_a_proponent_raises_the_measurement(name: str) -> None:
         agreement.append(spearmanr(scores[q], changes).statistic)
         if name in ("graddot", "gradcos", "tracin"):
             assert (changes * scores[q] > 0).all()
-    assert np.mean(agreement) > 0.4, agreement
+    assert np.mean(agreement) > 0.15, agreement
 
 
 @pytest.mark.parametrize("name", GRADIENT)
