@@ -105,6 +105,9 @@ class Capture:
             NonFiniteError: a value or gradient is NaN or infinite; `rows` has the positions.
         """
         batch = map_tensors(lambda t: t.detach().to(self.task.device), batch)
+        if self.plan.fallback and hasattr(function, "prepare"):
+            # The fallback calls the function again, and it must draw the same.
+            batch = function.prepare(self.task.model, batch)  # type: ignore[attr-defined]
         self._size = batch_length(batch)
         self._calls, self._active = [], True
         try:

@@ -42,7 +42,7 @@ class Data:
     ) -> None:
         self.columns = None if collate else _columns(dataset)
         self.dataset = dataset
-        self.collate = collate or default_collate
+        self.own_collate = collate
         if self.columns is None and not (
             hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")
         ):
@@ -65,14 +65,21 @@ class Data:
 
     @classmethod
     def of(cls, data: Any, *, ids: Any = None, collate: Any = None) -> "Data":
-        """`data` itself when it is a `Data`, otherwise a new one around it."""
-        if isinstance(data, cls) and ids is None:
+        """`data` as a `Data`; one that has ids or a collate function of its own keeps them."""
+        if not isinstance(data, cls):
+            return cls(data, ids=ids, collate=collate)
+        if ids is None and (data.own_collate or collate is None):
             return data
-        dataset = data.dataset if isinstance(data, cls) else data
-        return cls(dataset, ids=ids, collate=collate)
+        ids = data.ids if ids is None else ids
+        return cls(data.dataset, ids=ids, collate=data.own_collate or collate)
 
     def __len__(self) -> int:
         return len(self.ids)
+
+    @property
+    def collate(self) -> Callable[[list[Any]], Batch]:
+        """What makes a batch of a list of examples."""
+        return self.own_collate or default_collate
 
     def batch(self, rows: slice | Tensor) -> Batch:
         """The examples at `rows`, collated."""
@@ -90,7 +97,7 @@ class Data:
     def slice(self, rows: slice) -> "Data":
         """The examples at `rows`, with their ids."""
         part = Data.__new__(Data)
-        part.collate, part.ids = self.collate, self.ids[rows]
+        part.own_collate, part.ids = self.own_collate, self.ids[rows]
         if self.columns is not None:
             part.columns = part.dataset = map_tensors(lambda c: c[rows], self.columns)
         else:
@@ -100,10 +107,11 @@ class Data:
 
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 of the content, independent of how it is batched."""
+        """SHA-256 of the content, independent of how it is batched and collated."""
         digest = hashlib.sha256()
-        if self.columns is not None:
-            for leaf in _leaves(self.columns):
+        columns = _columns(self.dataset)
+        if columns is not None:
+            for leaf in _leaves(columns):
                 _hash_tensor(digest, leaf)
         else:
             for i in range(len(self)):
@@ -182,6 +190,13 @@ def _columns(dataset: Any) -> Any:
             if len(lengths) > 1:
                 raise DataError(f"the tensors of the dataset have different lengths: {lengths}")
             return dataset
+        # Taken for a sequence of examples, arrays would give one "example" a column.
+        if isinstance(dataset, dict) or any(isinstance(value, np.ndarray) for value in values):
+            kinds = sorted({type(value).__name__ for value in values})
+            raise DataError(
+                f"the dataset is a {type(dataset).__name__} of {', '.join(kinds)}: convert its "
+                "columns with torch.as_tensor, or give a list of examples"
+            )
     return None
 
 
@@ -194,7 +209,7 @@ def _hash_tensor(digest: Any, tensor: Tensor) -> None:
 def _hash_any(digest: Any, item: Any) -> None:
     if isinstance(item, Tensor):
         _hash_tensor(digest, item)
-    elif isinstance(item, np.ndarray):
+    elif isinstance(item, np.ndarray) and item.dtype != object:
         digest.update(f"{item.dtype}{item.shape}".encode())
         digest.update(np.ascontiguousarray(item).tobytes())
     elif isinstance(item, dict) or hasattr(item, "keys"):
@@ -204,5 +219,11 @@ def _hash_any(digest: Any, item: Any) -> None:
     elif isinstance(item, list | tuple):
         for value in item:
             _hash_any(digest, value)
+    elif hasattr(item, "__array__") or hasattr(item, "__array_interface__"):  # images of Pillow
+        array = np.asarray(item)
+        _hash_any(digest, array.tolist() if array.dtype == object else array)
+    elif hasattr(item, "__dict__"):  # the text of an object may hold its address
+        digest.update(type(item).__qualname__.encode())
+        _hash_any(digest, vars(item))
     else:
         digest.update(repr(item).encode())

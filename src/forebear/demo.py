@@ -113,12 +113,11 @@ class Demo:
         """Run all stages and put their results together."""
         model, checkpoints = self.model()
         self.write_data(model)
-        tasks = self.tasks(model, checkpoints)
-        results = [self.method(entry, tasks) for entry in track(ENTRIES, "methods")]
+        results = [self.method(entry, model, checkpoints) for entry in track(ENTRIES, "methods")]
         truth, truth_seconds = self.truth(model)
         results = [self.judged(result, truth) for result in results]
         best = max(results, key=lambda result: result.lds.mean if result.lds else -1.0)
-        train, queries = self.images.train, self.images.queries
+        task, train, queries = self.task("", model), self.images.train, self.images.queries
         return Run(
             kind="demo",
             title=f"{self.images.name}: which training images made the model say so",
@@ -135,11 +134,11 @@ class Demo:
             model=ModelFacts(
                 description=_description(model),
                 parameters=sum(p.numel() for p in model.parameters()),
-                hash=tasks["last"].model_hash(),
+                hash=task.model_hash(),
                 train_accuracy=_accuracy(model, train),
                 query_accuracy=_accuracy(model, queries),
             ),
-            plain_pass_seconds=plain_pass_seconds(tasks["last"], train),
+            plain_pass_seconds=plain_pass_seconds(task, train),
             truth=truth_facts(truth, truth_seconds),
             label_errors=LabelErrors(flipped=int(self.images.flipped.sum())),
             methods=results,
@@ -173,22 +172,25 @@ class Demo:
         model.load_state_dict(checkpoints[-1].load())
         return model.eval(), checkpoints
 
-    def tasks(self, model: nn.Module, checkpoints: tuple[Checkpoint, ...]) -> dict[str, Task]:
-        """The task for methods that use the last model, its checkpoints, or several models."""
+    def task(self, name: str, model: nn.Module, checkpoints: tuple[Checkpoint, ...] = ()) -> Task:
+        """The task for a method: the last model, some of its layers, its checkpoints or others."""
         loss = self.recipe.loss
-        everything = torch.ones(MODELS_OF_TRAK, len(self.images.train), dtype=torch.bool)
-        seeds = [self.seed, *range(1000, 999 + MODELS_OF_TRAK)]
-        others = self.recipe.train_many(self.images.train, everything, seeds)
-        states = [model.state_dict(), *(m.state_dict() for m in list(others.models())[1:])]
-        layers = [name for name, part in model.named_modules() if isinstance(part, nn.Linear)]
-        return {
-            "last": Task(model, loss),
-            "exact": Task(model, loss, layers=layers[-2:]),
-            "tracin": Task(model, loss, checkpoints=checkpoints),
-            "trak": Task(model, loss, checkpoints=states),
-        }
+        if name == "tracin":
+            return Task(model, loss, checkpoints=checkpoints)
+        if name == "exact":
+            layers = [name for name, part in model.named_modules() if isinstance(part, nn.Linear)]
+            return Task(model, loss, layers=layers[-2:])
+        if name == "trak":
+            everything = torch.ones(MODELS_OF_TRAK, len(self.images.train), dtype=torch.bool)
+            seeds = [self.seed, *range(1000, 999 + MODELS_OF_TRAK)]
+            others = self.recipe.train_many(self.images.train, everything, seeds)
+            states = [model.state_dict(), *(m.state_dict() for m in list(others.models())[1:])]
+            return Task(model, loss, checkpoints=states)
+        return Task(model, loss)
 
-    def method(self, entry: Entry, tasks: dict[str, Task]) -> MethodResult:
+    def method(
+        self, entry: Entry, model: nn.Module, checkpoints: tuple[Checkpoint, ...]
+    ) -> MethodResult:
         """Scores, top lists and self-influence of one method."""
         path = self.out / "methods" / f"{entry.name}.json"
         if path.is_file():
@@ -196,7 +198,7 @@ class Demo:
             facts.pop("format", None)
             return MethodResult(**facts)
         configured = methods.get(entry.name, **entry.options)
-        task = tasks.get(entry.name, tasks["last"])
+        task = self.task(entry.name, model, checkpoints)
         result = run_method(
             configured, task, self.images.train, self.images.queries, self.out, note=entry.note
         )

@@ -7,6 +7,7 @@ written-out matrix may be cheaper; `query_side` chooses from the shapes.
 """
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -15,6 +16,9 @@ from forebear.blocks import Block
 from forebear.capture import Gradients
 from forebear.errors import TaskError
 from forebear.layers import Factors
+
+Precision = Literal["float32", "bfloat16"]
+"""Of the products of all pairs. Models in float64 keep float64 unless it is bfloat16."""
 
 WORKSPACE = 2**23
 """Entries of the largest temporary (32 MB of float32)."""
@@ -64,11 +68,36 @@ def squared_norms(terms: list[Factors], block: Block) -> Tensor:
 class QuerySide:
     """The query's half of a product, in whichever form is cheaper.
 
-    `terms` are factors; `matrix` is `[q, rows, cols]`, written out.
+    `terms` are factors; `matrix` is `[q, rows, cols]`, written out. With `stacked` sets of factors
+    `[stacked * q, ...]` the product is summed over the sets.
     """
 
     terms: list[Factors] | None = None
     matrix: Tensor | None = None
+    stacked: int = 1
+
+    def __len__(self) -> int:
+        """Number of queries."""
+        return len(self._first) // self.stacked
+
+    @property
+    def is_narrow(self) -> bool:
+        """Whether products are formed in bfloat16."""
+        return self._first.dtype == torch.bfloat16
+
+    @property
+    def _first(self) -> Tensor:
+        if self.matrix is not None:
+            return self.matrix
+        assert self.terms
+        return self.terms[0].right
+
+    def to(self, dtype: torch.dtype) -> "QuerySide":
+        """The same in another type; products are then formed in it and added up in float32."""
+        if self.matrix is not None:
+            return QuerySide(matrix=self.matrix.to(dtype))
+        terms = [cast(term, dtype) for term in self.terms or ()]
+        return QuerySide(terms=terms, stacked=self.stacked)
 
 
 def prefers_matrix(block: Block, positions: int, queries: int) -> bool:
@@ -97,7 +126,19 @@ def add_products(out: Tensor, side: QuerySide, train: list[Factors], block: Bloc
         return
     for query in side.terms or ():
         for term in train:
-            _add_ghost_products(out, query, term)
+            narrow = cast(term, query.right.dtype)
+            if side.stacked == 1:
+                _add_ghost_products(out, query, narrow)
+            else:
+                _add_stacked_products(out, query, narrow, side.stacked)
+
+
+def cast(term: Factors, dtype: torch.dtype) -> Factors:
+    """Factors in another floating-point type; one-hot rows stay."""
+    if term.right.dtype == dtype:
+        return term
+    left = term.left.to(dtype) if term.left.is_floating_point() else term.left
+    return Factors(left, term.right.to(dtype))
 
 
 def rows_of(terms: list[Factors], rows: slice) -> list[Factors]:
@@ -165,7 +206,8 @@ def _add_matrix_products(out: Tensor, matrix: Tensor, train: list[Factors], bloc
     for start in range(0, out.shape[1], step):
         rows = slice(start, start + step)
         if train:
-            out[:, rows] += flat @ materialise(rows_of(train, rows), block).flatten(1).T
+            written = materialise(rows_of(train, rows), block).flatten(1)
+            out[:, rows] += flat @ written.to(flat.dtype).T
 
 
 def _add_ghost_products(out: Tensor, query: Factors, train: Factors) -> None:
@@ -173,7 +215,10 @@ def _add_ghost_products(out: Tensor, query: Factors, train: Factors) -> None:
     if tq == 1 and tb == 1 and _floating(query, train):
         if train.right.shape[2] == 1:  # a vector; a number each, folded into the left factor
             folded = (query.left * query.right)[:, 0], (train.left * train.right)[:, 0]
-            out.addmm_(folded[0], folded[1].T)
+            if out.dtype == folded[0].dtype:
+                out.addmm_(folded[0], folded[1].T)
+            else:
+                out += folded[0] @ folded[1].T
             return
         lefts = query.left[:, 0] @ train.left[:, 0].T  # [q, b]
         out.addcmul_(lefts, query.right[:, 0] @ train.right[:, 0].T)
@@ -186,7 +231,24 @@ def _add_ghost_products(out: Tensor, query: Factors, train: Factors) -> None:
         rows = slice(start, start + step)
         products = query.right[rows].flatten(0, 1) @ train.right.flatten(0, 1).T
         products *= _left_products(query.left[rows], train.left)  # [q * tq, b * tb]
-        out[rows] += products.view(-1, tq, size, tb).sum((1, 3))
+        out[rows] += products.view(-1, tq, size, tb).sum((1, 3), dtype=out.dtype)
+
+
+def _add_stacked_products(out: Tensor, query: Factors, train: Factors, stacked: int) -> None:
+    """One long product for many sets of queries, then their sum."""
+    queries, size = out.shape
+    if query.left.shape[1] != 1 or train.left.shape[1] != 1:
+        for i in range(stacked):
+            rows = slice(i * queries, (i + 1) * queries)
+            _add_ghost_products(out, Factors(query.left[rows], query.right[rows]), train)
+        return
+    left, right = train.left[:, 0].T, train.right[:, 0].T
+    step = max(1, WORKSPACE // (queries * size)) * queries
+    for start in range(0, stacked * queries, step):
+        rows = slice(start, start + step)
+        products = query.left[rows, 0] @ left  # [sets * q, b]
+        products.mul_(query.right[rows, 0] @ right)
+        out += products.view(-1, queries, size).sum(0, dtype=out.dtype)
 
 
 def _floating(*factors: Factors) -> bool:

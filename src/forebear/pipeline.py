@@ -2,8 +2,11 @@
 
 import importlib.util
 import platform
+import sys
 import time
 import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -32,7 +35,7 @@ from forebear.run import (
 )
 from forebear.task import Task
 from forebear.training import GroundTruth
-from forebear.types import Scores, read_json
+from forebear.types import Scores, read_json, read_tensors
 
 KEPT = 50
 """Examples a query kept in the top lists of a run."""
@@ -67,10 +70,10 @@ def load(folder: str | Path, task: Task, train: Any = None, *, method: Any = Non
             version does not know.
         MismatchError: model or training set differ from those of the fit.
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
     about = read_json(Path(folder) / "fitted.json")
+    missing = {"settings", "model", "train", "train_ids"} - set(about)
+    if missing:
+        raise FormatError(f"{folder}/fitted.json is damaged: it lacks {', '.join(sorted(missing))}")
     if train is None:
         raise DataError(
             f"{folder} was fitted to {len(about['train_ids'])} examples, and scoring needs them: "
@@ -82,11 +85,7 @@ def load(folder: str | Path, task: Task, train: Any = None, *, method: Any = Non
         method = method_of(about["settings"])
     elif settings_of(method) != about["settings"]:
         raise MismatchError(f"method= has settings {settings_of(method)}; saved were others")
-    try:
-        tensors = load_file(Path(folder) / "fitted.safetensors")
-    except (SafetensorError, OSError) as error:
-        raise FormatError(f"{folder}/fitted.safetensors is damaged: {error}") from error
-    return method.restore(task, data, tensors)
+    return method.restore(task, data, read_tensors(Path(folder) / "fitted.safetensors"))
 
 
 def evaluate(scores: Scores, truth: GroundTruth) -> dict[str, Any]:
@@ -130,9 +129,11 @@ def attribute_file(path: Path, method: str, options: dict[str, Any], out: Path) 
         MismatchError: the folder holds a run of another model or data set.
     """
     configured = methods.get(method, **options)
-    module = _import(path)
-    task, train, queries = module.task(), Data.of(module.train()), Data.of(module.queries())
-    train = Data.of(train, ids=train.ids, collate=task.collate)
+    with _importable(path.resolve().parent):
+        module = _import(path)
+        task = module.task()
+        train = Data.of(module.train(), collate=task.collate)
+        queries = Data.of(module.queries(), collate=task.collate)
     run = _open_run(out, path, task, train, queries)
     result = run_method(configured, task, train, queries, out)
     if hasattr(module, "examples"):
@@ -261,11 +262,22 @@ def _to(batch: Any, device: torch.device) -> Any:
     return map_tensors(lambda t: t.to(device), batch)
 
 
+@contextmanager
+def _importable(folder: Path) -> Iterator[None]:
+    """Modules beside a file can be imported by it, as when Python runs the file."""
+    sys.path.insert(0, str(folder))
+    try:
+        yield
+    finally:
+        sys.path.remove(str(folder))
+
+
 def _import(path: Path) -> ModuleType:
     spec = importlib.util.spec_from_file_location(f"forebear_file_{uuid.uuid4().hex}", path)
     if spec is None or spec.loader is None:
         raise FormatError(f"{path} is not a Python file")
     module = importlib.util.module_from_spec(spec)
+    sys.modules[module.__name__] = module  # dataclasses look their module up there
     spec.loader.exec_module(module)
     missing = [name for name in ("task", "train", "queries") if not hasattr(module, name)]
     if missing:
@@ -298,9 +310,11 @@ def _open_run(out: Path, path: Path, task: Task, train: Data, queries: Data) -> 
             environment=environment(),
         )
     run = Run.load(out)
+    scored = [read_json(scores_folder(out, r.name) / "scores.json") for r in run.methods[:1]]
     for what, mine, theirs in (
         ("model", model.hash, run.model and run.model.hash),
         ("training set", dataset.fingerprint, run.dataset and run.dataset.fingerprint),
+        *(("set of queries", queries.fingerprint, s["provenance"]["queries"]) for s in scored),
     ):
         if mine != theirs:
             raise MismatchError(

@@ -1,8 +1,10 @@
 """Progress bars that a program may switch on; a library stays silent by default."""
 
+import sys
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
+from types import ModuleType
 from typing import TypeVar
 
 from rich.console import Console
@@ -51,3 +53,13 @@ def track(items: Iterable[T], description: str, total: int | None = None) -> Ite
             bars.advance(bar)
     finally:
         bars.remove_task(bar)
+
+
+class _CallableModule(ModuleType):
+    """Python puts this module where `forebear.progress` is looked up, so it is the function too."""
+
+    def __call__(self, console: Console | None = None) -> AbstractContextManager[None]:
+        return progress(console)
+
+
+sys.modules[__name__].__class__ = _CallableModule

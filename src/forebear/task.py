@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from forebear.data import batch_length
 from forebear.errors import EvaluationModeWarning, FormatError, TaskError, unknown_name
 from forebear.tasks.objective import Objective
+from forebear.types import read_tensors
 
 Loss = Callable[[nn.Module, Any], Tensor]
 State = Mapping[str, Tensor]
@@ -33,17 +35,27 @@ class Checkpoint:
     learning_rate: float = 1.0
 
     def load(self) -> State:
-        """The state dict."""
+        """The state dict.
+
+        Raises:
+            FormatError: the file is missing, or holds something else than weights.
+        """
         if isinstance(self.state, Mapping):
             return self.state
         path = Path(self.state)
         if not path.is_file():
             raise FormatError(f"checkpoint {path} does not exist")
         if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            return load_file(path)
-        return torch.load(path, map_location="cpu", weights_only=True)
+            return read_tensors(path)
+        try:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+        except (UnpicklingError, RuntimeError, EOFError) as error:
+            reason = str(error).splitlines()[0]
+            raise FormatError(f"checkpoint {path} cannot be read as weights: {reason}") from error
+        if not isinstance(state, Mapping):
+            kind = type(state).__name__
+            raise FormatError(f"checkpoint {path} holds a {kind}: save model.state_dict()")
+        return state
 
 
 class Task:
@@ -86,7 +98,12 @@ class Task:
                 f"{type(model).__name__} has no trainable parameter: set requires_grad on those "
                 "that training changed"
             )
-        self.selected_modules()  # a pattern that matches nothing is an error now, not in a result
+        # A pattern that matches nothing is an error now, not in a result.
+        if not self.selected_parameters():
+            raise TaskError(
+                f"layers={self.layers!r} select no trainable parameter: name layers that training "
+                "changed, or leave layers= out"
+            )
 
     def select(self, layers: str | Sequence[str] | None) -> "Task":
         """The same task restricted to other layers; the model is shared."""
@@ -101,7 +118,7 @@ class Task:
 
     def selected_modules(self) -> set[str]:
         """Names of the modules that `layers` selects, with all modules below them."""
-        names = [name for name, _ in self.model.named_modules()]
+        names = [name for name, _ in self.model.named_modules(remove_duplicate=False)]
         if self.layers is None:
             return set(names)
         selected: set[str] = set()
@@ -115,10 +132,17 @@ class Task:
     def selected_parameters(self) -> dict[str, nn.Parameter]:
         """Trainable parameters of the selected modules; a tied one under its first name."""
         modules = self.selected_modules()
+        # By identity: the first name of a tied one may lie in a module that is not selected.
+        chosen = {
+            id(parameter)
+            for name, module in self.model.named_modules(remove_duplicate=False)
+            if name in modules
+            for parameter in module.parameters(recurse=False)
+        }
         return {
             name: parameter
             for name, parameter in self.model.named_parameters()
-            if parameter.requires_grad and name.rpartition(".")[0] in modules
+            if parameter.requires_grad and id(parameter) in chosen
         }
 
     @property
@@ -178,11 +202,12 @@ class Task:
             yield
             return
         now = {name: value.detach().clone() for name, value in self.model.state_dict().items()}
+        state = checkpoint.load()
         try:
-            self.model.load_state_dict(checkpoint.load())
-        except RuntimeError as error:
-            raise TaskError(f"a checkpoint does not fit the model: {error}") from error
-        try:
+            try:
+                self.model.load_state_dict(state)  # loads what fits before it complains
+            except RuntimeError as error:
+                raise TaskError(f"a checkpoint does not fit the model: {error}") from error
             yield
         finally:
             self.model.load_state_dict(now)

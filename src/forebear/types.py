@@ -4,13 +4,13 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from forebear.errors import DataError, FormatError, MismatchError
+from forebear.errors import DataError, FormatError, MismatchError, unknown_name
 
 FORMAT = 1
 
@@ -151,16 +151,23 @@ class Scores:
 
     @classmethod
     def load(cls, folder: str | Path) -> "Scores":
-        """Read what `save` wrote."""
-        from safetensors.torch import load_file
+        """Read what `save` wrote.
 
-        about = read_json(Path(folder) / "scores.json")
-        return cls(
-            values=load_file(Path(folder) / "scores.safetensors")["values"],
-            query_ids=np.asarray(about["query_ids"]),
-            train_ids=np.asarray(about["train_ids"]),
-            provenance=Provenance(**about["provenance"]),
-        )
+        Raises:
+            FormatError: a file is missing, damaged or from a newer version.
+        """
+        path = Path(folder) / "scores.json"
+        about = read_json(path)
+        values = read_tensors(path.with_suffix(".safetensors"))
+        try:
+            return cls(
+                values=values["values"],
+                query_ids=np.asarray(about["query_ids"]),
+                train_ids=np.asarray(about["train_ids"]),
+                provenance=Provenance(**about["provenance"]),
+            )
+        except (KeyError, TypeError) as error:
+            raise FormatError(f"{path} is damaged: {error}") from error
 
     def with_provenance(self, **changes: Any) -> "Scores":
         """The same values with other facts about them."""
@@ -171,6 +178,16 @@ def check_k(k: int, size: int) -> None:
     """Raise `DataError` unless `1 <= k <= size`."""
     if not 1 <= k <= size:
         raise DataError(f"k is {k} and there are {size} training examples: choose 1 to {size}")
+
+
+def require_choices(configuration: Any) -> None:
+    """Raise `UnknownNameError` when a field of a dataclass is none of its `Literal` choices."""
+    for name, hint in get_type_hints(type(configuration)).items():
+        value = getattr(configuration, name)
+        if get_origin(hint) is Literal and value not in get_args(hint):
+            raise unknown_name(
+                f"{name} of {type(configuration).__name__}", str(value), get_args(hint)
+            )
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
@@ -192,9 +209,28 @@ def read_json(path: Path) -> dict[str, Any]:
         raise FormatError(f"{path} does not exist") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise FormatError(f"{path} is damaged: {error}") from error
-    if content.get("format", 0) > FORMAT:
+    version = content.get("format", 0) if isinstance(content, dict) else None
+    if not isinstance(version, int):
+        raise FormatError(f"{path} is damaged: it is not an object with a format number")
+    if version > FORMAT:
         raise FormatError(
-            f"{path} has format {content['format']} and this version reads up to {FORMAT}: "
-            "upgrade forebear"
+            f"{path} has format {version} and this version reads up to {FORMAT}: upgrade forebear"
         )
     return content
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """Tensors of a safetensors file by name.
+
+    Raises:
+        FormatError: the file is missing or damaged.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(path)
+    except FileNotFoundError:
+        raise FormatError(f"{path} does not exist") from None
+    except (SafetensorError, OSError) as error:
+        raise FormatError(f"{path} is damaged: {error}") from error

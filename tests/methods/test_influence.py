@@ -140,7 +140,7 @@ def test_exact_influence_is_a_dense_solve(kind: str) -> None:
     if kind == "hessian":
         values, vectors = torch.linalg.eigh(mean_loss_hessian(model))
         curvature = vectors @ torch.diag(values.abs()) @ vectors.T
-        trace = mean_loss_hessian(model).trace()
+        trace = values.abs().sum()
     else:
         curvature = gauss_newton(model) if kind == "gauss_newton" else z.T @ z / N
         trace = curvature.trace()
@@ -187,15 +187,14 @@ def test_kronecker_influence_is_the_dense_construction(make, corrected: bool) ->
 
 
 def test_sampled_targets_give_the_fisher_matrix_of_the_model() -> None:
-    """With one layer and many draws EK-FAC's eigenvalues approach those of Gauss-Newton."""
+    """With one layer the trace of EK-FAC's eigenvalues is that of Gauss-Newton, with no noise."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(6, 3, bias=False)).double().eval()
-    many = (TRAIN[0].repeat(400, 1), torch.zeros(400 * N, dtype=torch.long))
-    fitted = fb.EKFAC().fit(fb.Task(model, LOSS), many)
+    fitted = fb.EKFAC().fit(fb.Task(model, LOSS), TRAIN)
     trace = next(iter(fitted.curvatures[0].blocks.values())).eigenvalues.sum()
     p = model(TRAIN[0]).softmax(1).detach()
     expected = ((1 - p.square().sum(1)) * TRAIN[0].square().sum(1)).mean()
-    assert abs(trace / expected - 1) < 0.02
+    assert abs(trace / expected - 1) < 1e-9
 
 
 def wide_task() -> tuple[fb.Task, tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:

@@ -47,10 +47,17 @@ def as_damping(damping: float | Damping) -> Damping:
     """A number is relative damping.
 
     Raises:
-        DataError: it is negative or not finite.
+        DataError: it is negative, not finite, or no damping at all.
     """
     chosen = Relative(damping) if isinstance(damping, int | float) else damping
-    value = chosen.value(1.0)
+    if not isinstance(chosen, Relative | Absolute | Horizon):
+        raise DataError(
+            f"damping is {damping!r}: give a number, fb.Relative, fb.Absolute or fb.Horizon"
+        )
+    try:
+        value = chosen.value(1.0)
+    except ZeroDivisionError:
+        value = math.inf
     if not math.isfinite(value) or value < 0:
         raise DataError(f"damping {damping} gives λ = {value}: it must be finite and not negative")
     return chosen

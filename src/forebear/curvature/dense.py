@@ -13,11 +13,12 @@ from forebear.capture import Function, Gradients
 from forebear.curvature.base import GradientStream
 from forebear.curvature.damping import Damping
 from forebear.curvature.identity import empty_products
-from forebear.curvature.moments import add_gram
+from forebear.curvature.moments import add_gram, symmetric
 from forebear.data import map_tensors, naming, require_finite
 from forebear.errors import NumericalWarning, TaskError
 from forebear.gradients import QuerySide, add_products, materialise
 from forebear.layers import Factors
+from forebear.types import require_choices
 
 LARGEST = 20_000
 """Parameters beyond which a dense matrix is refused (3.2 GB in double precision)."""
@@ -36,6 +37,9 @@ class Dense:
 
     kind: Literal["hessian", "gauss_newton", "fisher"] = "hessian"
     indefinite: Literal["absolute", "clip", "keep"] = "absolute"
+
+    def __post_init__(self) -> None:
+        require_choices(self)
 
     def fit(
         self, stream: GradientStream, function: Function, damping: Damping, seed: int
@@ -57,9 +61,9 @@ class Dense:
             "fisher": self._fisher,
         }[self.kind](stream, function)
         matrix /= len(stream.data)
-        value = damping.value((matrix.diagonal().sum() / size).item())
         if self.kind == "hessian":
-            return self._diagonalised(stream.plan, matrix, value)
+            return self._diagonalised(stream.plan, matrix, damping)
+        value = damping.value((matrix.diagonal().sum() / size).item())
         return FittedDense(stream.plan, value, factor=_cholesky(matrix, value))
 
     def restore(self, plan: Plan, tensors: dict[str, Tensor]) -> "FittedDense":
@@ -79,7 +83,7 @@ class Dense:
                 total = rows.new_zeros(rows.shape[1], rows.shape[1]) if total is None else total
                 add_gram(total, rows)
         assert total is not None
-        return total
+        return symmetric(total)
 
     def _gauss_newton(self, stream: GradientStream, function: Function) -> Tensor:
         objective = stream.task.objective
@@ -129,14 +133,16 @@ class Dense:
                 total += rows(point, moved).detach()
         return 0.5 * (total + total.T)
 
-    def _diagonalised(self, plan: Plan, matrix: Tensor, damping: float) -> "FittedDense":
+    def _diagonalised(self, plan: Plan, matrix: Tensor, how: Damping) -> "FittedDense":
         values, vectors = torch.linalg.eigh(matrix.double())
         lowest = values[0].item()
         if self.indefinite == "absolute":
             values = values.abs()
         elif self.indefinite == "clip":
             values = values.clamp_min(0)
-        elif lowest + damping < 0:
+        # Of the eigenvalues that are used: those of an indefinite Hessian may cancel in the mean.
+        damping = how.value(values.abs().mean().item())
+        if self.indefinite == "keep" and lowest + damping < 0:
             warnings.warn(
                 f"the Hessian's lowest eigenvalue is {lowest:.3g} and damping {damping:.3g} does "
                 "not cover it: scores may have the wrong sign; use indefinite='absolute'",
@@ -216,6 +222,10 @@ class FittedDense:
 
 def flat(gradients: Gradients, plan: Plan) -> Iterator[Tensor]:
     """Gradients written out over all blocks, `[c, P]`."""
+    if len(plan.blocks) == 1:  # projected gradients are as they should be
+        (name, block), *_ = plan.blocks.items()
+        yield materialise(gradients[name], block).flatten(1)
+        return
     blocks = plan.blocks.items()
     yield torch.cat([materialise(gradients[name], block).flatten(1) for name, block in blocks], 1)
 

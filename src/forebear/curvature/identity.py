@@ -10,6 +10,7 @@ from forebear.capture import Function, Gradients
 from forebear.curvature.base import GradientStream
 from forebear.curvature.damping import Damping
 from forebear.gradients import (
+    Precision,
     QuerySide,
     add_products,
     positions_of,
@@ -21,17 +22,23 @@ from forebear.gradients import (
 
 @dataclass(frozen=True)
 class Identity:
-    """C + λI is the identity: gradients are compared as they are."""
+    """C + λI is the identity: gradients are compared as they are.
+
+    Attributes:
+        precision: of the products of all pairs; `"bfloat16"` adds up in float32.
+    """
+
+    precision: Precision = "float32"
 
     def fit(
         self, stream: GradientStream, function: Function, damping: Damping, seed: int
     ) -> "FittedIdentity":
         """Nothing is estimated: no pass over the data."""
-        return FittedIdentity(stream.plan)
+        return FittedIdentity(stream.plan, self.precision)
 
     def restore(self, plan: Plan, tensors: dict[str, Tensor]) -> "FittedIdentity":
         """Nothing was saved."""
-        return FittedIdentity(plan)
+        return FittedIdentity(plan, self.precision)
 
 
 @dataclass(frozen=True)
@@ -39,6 +46,7 @@ class FittedIdentity:
     """Euclidean products, factored or written out per block, whichever is cheaper."""
 
     plan: Plan
+    precision: Precision = "float32"
 
     def query_bytes(self, query: Gradients, queries: int) -> int:
         """Written-out matrices where those are cheaper, else factors."""
@@ -51,7 +59,10 @@ class FittedIdentity:
 
     def prepare(self, queries: Gradients) -> dict[str, QuerySide]:
         """One side a block."""
-        return {name: query_side(queries[name], b) for name, b in self.plan.blocks.items()}
+        sides = {name: query_side(queries[name], b) for name, b in self.plan.blocks.items()}
+        if self.precision == "bfloat16":
+            sides = {name: side.to(torch.bfloat16) for name, side in sides.items()}
+        return sides
 
     def products(self, prepared: dict[str, QuerySide], train: Gradients) -> Tensor:
         """Inner products of all pairs, `[q, b]`."""
@@ -76,6 +87,5 @@ class FittedIdentity:
 
 def empty_products(sides: dict[str, QuerySide], train: Gradients) -> Tensor:
     """Zeros `[q, b]` of the gradients' type."""
-    side = next(iter(sides.values()))
-    like = side.matrix if side.matrix is not None else side.terms[0].right  # type: ignore[index]
-    return like.new_zeros(len(like), len(next(iter(train.values()))[0].right))
+    like = next(iter(train.values()))[0].right
+    return like.new_zeros(len(next(iter(sides.values()))), len(like))

@@ -11,29 +11,30 @@ value decomposition *weighted with the second moments* of the rotated factors, a
 that carry no weight are dropped. `rank=None` contracts exactly instead.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from forebear.blocks import Block, Plan
+from forebear.blocks import Plan
 from forebear.capture import Function, Gradients
 from forebear.curvature.base import GradientStream
+from forebear.curvature.basis import Basis, ShortSum, is_one_hot, short_sums
 from forebear.curvature.damping import Damping
-from forebear.curvature.moments import FactorMoments, eigenvectors
+from forebear.curvature.moments import FactorMoments
+from forebear.curvature.sampled import Sampled
 from forebear.errors import TaskError
 from forebear.gradients import (
-    WORKSPACE,
+    Precision,
     QuerySide,
     add_products,
-    materialise,
+    cast,
     positions_of,
-    rows_of,
     sum_by_row,
 )
 from forebear.layers import Factors
+from forebear.types import require_choices
 
 MAX_DIMENSION = 8192
 """Sides longer than this get a diagonal second moment: their eigenvectors would not fit."""
@@ -49,12 +50,18 @@ class Kronecker:
             the usual losses, or `"empirical"`: the training labels.
         tolerance: relative error allowed to the low-rank inverse, root mean square over pairs.
         rank: most terms of the low-rank inverse; None contracts exactly.
+        precision: of the products of all pairs; `"bfloat16"` adds up in float32 and is several
+            times faster where the processor has such products.
     """
 
     corrected: bool = True
     targets: Literal["sampled", "empirical"] = "sampled"
     tolerance: float = 0.02
-    rank: int | None = 32
+    rank: int | None = 128
+    precision: Precision = "float32"
+
+    def __post_init__(self) -> None:
+        require_choices(self)
 
     def fit(
         self, stream: GradientStream, function: Function, damping: Damping, seed: int
@@ -75,50 +82,32 @@ class Kronecker:
             eigenvalues = self._measured(stream, function, bases)
         else:
             eigenvalues = {name: basis.product() for name, basis in bases.items()}
-        blocks = {}
-        for name, basis in bases.items():
-            value = damping.value(eigenvalues[name].mean().item())
-            blocks[name] = self._block(basis, eigenvalues[name], value)
-        return FittedKronecker(stream.plan, blocks)
+        used = {name: damping.value(values.mean().item()) for name, values in eigenvalues.items()}
+        return self._fitted(stream.plan, bases, eigenvalues, used)
 
     def restore(self, plan: Plan, tensors: dict[str, Tensor]) -> "FittedKronecker":
         """From saved bases, eigenvalues and damping."""
-        blocks = {}
+        bases, eigenvalues, used = {}, {}, {}
         for name, block in plan.blocks.items():
             parts = {
                 key.rpartition("/")[2]: value
                 for key, value in tensors.items()
                 if key.rpartition("/")[0] == name
             }
-            basis = Basis(
+            bases[name] = Basis(
                 block,
                 parts.get("left_vectors"),
                 parts.get("right_vectors"),
                 parts["left_moments"],
                 parts["right_moments"],
             )
-            value = parts["damping"].item()
-            blocks[name] = self._block(basis, parts["eigenvalues"], value)
-        return FittedKronecker(plan, blocks)
+            eigenvalues[name], used[name] = parts["eigenvalues"], parts["damping"].item()
+        return self._fitted(plan, bases, eigenvalues, used)
 
     def _function(self, stream: GradientStream, function: Function, seed: int) -> Function:
         if self.targets == "empirical":
             return function
-        objective = stream.task.objective
-        generator = torch.Generator(stream.task.device).manual_seed(seed)
-        if not stream.plan.fallback:
-            return lambda model, batch: objective.sampled(model, batch, generator)
-
-        def sampled(model: Any, batch: Any) -> Tensor:
-            # The fallback differentiates the batch a second time, with the same targets.
-            state = generator.get_state()
-            with torch.no_grad():
-                outputs = objective.outputs(model, batch)
-            drawn = objective.sample(outputs, batch, generator)
-            generator.set_state(state)
-            return objective(model, drawn)
-
-        return sampled
+        return Sampled(stream.task, seed)
 
     def _measured(
         self, stream: GradientStream, function: Function, bases: dict[str, "Basis"]
@@ -129,136 +118,31 @@ class Kronecker:
                 basis.add_squares(totals[name], gradients[name])
         return {name: total.div_(len(stream.data)) for name, total in totals.items()}
 
-    def _block(self, basis: "Basis", eigenvalues: Tensor, damping: float) -> "KroneckerBlock":
-        if not eigenvalues.any() and damping == 0.0:
-            raise TaskError(
-                f"block {basis.block.name!r} has no curvature (its gradients are all zero) and the "
-                "damping is zero: exclude it with layers=, or use damping=fb.Absolute(...)"
+    def _fitted(
+        self,
+        plan: Plan,
+        bases: dict[str, "Basis"],
+        eigenvalues: dict[str, Tensor],
+        damping: dict[str, float],
+    ) -> "FittedKronecker":
+        inverses = {}
+        for name, values in eigenvalues.items():
+            if damping[name] == 0.0 and not values.any():
+                raise TaskError(
+                    f"block {name!r} has no curvature (its gradients are all zero) and the damping "
+                    "is zero: exclude it with layers=, or use damping=fb.Absolute(...)"
+                )
+            inverses[name] = 1.0 / (values + damping[name])
+        sums: dict[str, ShortSum] = {}
+        if self.rank is not None:
+            sums = short_sums(bases, inverses, self.rank, self.tolerance)
+        blocks = {
+            name: KroneckerBlock(
+                basis, eigenvalues[name], inverses[name], damping[name], sums.get(name)
             )
-        inverse = 1.0 / (eigenvalues + damping)
-        short = None
-        if self.rank is not None and min(inverse.shape) > 1:
-            short = ShortSum.of(basis, inverse, self.rank, self.tolerance)
-        return KroneckerBlock(basis, eigenvalues, inverse, damping, short)
-
-
-@dataclass(frozen=True)
-class Basis:
-    """Eigenvectors of the second moments of a block's factors; None stands for the identity."""
-
-    block: Block
-    left_vectors: Tensor | None  # [rows, rows]
-    right_vectors: Tensor | None  # [cols, cols]
-    left_moments: Tensor  # [rows]
-    right_moments: Tensor  # [cols]
-
-    @classmethod
-    def of(cls, block: Block, moments: FactorMoments, size: int) -> "Basis":
-        """Diagonalise: left moments are per example, right moments per position."""
-        left_moments, left_vectors = eigenvectors(moments.left, size)
-        right_moments, right_vectors = eigenvectors(moments.right, max(moments.positions, 1))
-        return cls(block, left_vectors, right_vectors, left_moments, right_moments)
-
-    def product(self) -> Tensor:
-        """K-FAC's eigenvalues, `[rows, cols]`."""
-        return torch.outer(self.left_moments, self.right_moments)
-
-    def empty(self) -> Tensor:
-        """Zeros for the eigenvalues, `[rows, cols]`."""
-        return self.left_moments.new_zeros(self.block.rows, self.block.cols)
-
-    def rotate(self, terms: list[Factors]) -> list[Factors]:
-        """Factors in this basis."""
-        return [
-            Factors(_turn(left, self.left_vectors), _turn(right, self.right_vectors))
-            for left, right in terms
-        ]
-
-    def rotate_matrix(self, matrix: Tensor, back: bool = False) -> Tensor:
-        """`[b, rows, cols]` into this basis, or back out of it."""
-        if self.left_vectors is not None:
-            matrix = (self.left_vectors if back else self.left_vectors.T) @ matrix
-        if self.right_vectors is not None:
-            matrix = matrix @ (self.right_vectors.T if back else self.right_vectors)
-        return matrix
-
-    def add_squares(self, total: Tensor, terms: list[Factors]) -> None:
-        """Add the squared gradients in this basis, summed over examples, to `total`."""
-        if len(terms) == 1 and terms[0].left.shape[1] == 1 and terms[0].left.is_floating_point():
-            left, right = self.rotate(terms)[0]
-            total.addmm_(left[:, 0].square().T, right[:, 0].square())
-            return
-        if _one_hot(terms):
-            _, row, summed = sum_by_row(self.rotate(terms), self.block.rows)
-            total.index_add_(0, row, summed.square())
-            return
-        for matrix in self.matrices(terms):
-            total += matrix.square().sum(0)
-
-    def matrices(self, terms: list[Factors]) -> Iterator[Tensor]:
-        """Gradients in this basis written out, some examples at a time, `[c, rows, cols]`."""
-        rows, cols = self.block.rows, self.block.cols
-        factors_first = positions_of(terms) * (rows**2 + cols**2) < self.block.size * (rows + cols)
-        step = max(1, WORKSPACE // self.block.size)
-        for start in range(0, len(terms[0].right), step):
-            some = rows_of(terms, slice(start, start + step))
-            if factors_first:
-                yield materialise(self.rotate(some), self.block)
-            else:
-                yield self.rotate_matrix(materialise(some, self.block))
-
-
-@dataclass(frozen=True)
-class ShortSum:
-    """`1 / (Λ + λ) ≈ Σ_r u_r v_rᵀ` on the basis vectors that carry weight.
-
-    `u` is `[r, k]` and `v` is `[r, l]`; the vectors are `[rows, k]` and `[cols, l]`.
-    """
-
-    u: Tensor
-    v: Tensor
-    left_vectors: Tensor
-    right_vectors: Tensor
-
-    @classmethod
-    def of(cls, basis: Basis, inverse: Tensor, rank: int, tolerance: float) -> "ShortSum":
-        """Weighted low-rank approximation.
-
-        A score is `Σ_ij inverse_ij · g̃_i g̃'_i · ã_j ã'_j`, so an error in `inverse_ij` counts
-        with the squared second moments of the rotated factors g̃_i and ã_j.
-        """
-        left, right = basis.left_moments.double(), basis.right_moments.double()
-        weighted = left[:, None] * inverse.double() * right[None]
-        energy = weighted.square()
-        allowed = tolerance**2 * energy.sum()
-        keep_rows = _heaviest(energy.sum(1), 0.25 * allowed)
-        keep_cols = _heaviest(energy.sum(0), 0.25 * allowed)
-        small = weighted[keep_rows][:, keep_cols]
-        u, s, vh = torch.linalg.svd(small, full_matrices=False)
-        tail = s.square().flip(0).cumsum(0).flip(0)  # energy from the r-th term on
-        terms = int((tail > 0.5 * allowed).sum().clamp(1, rank))
-        u = (u[:, :terms] * s[:terms].sqrt()).T / left[keep_rows]
-        v = (vh[:terms].T * s[:terms].sqrt()).T / right[keep_cols]
-        return cls(
-            u.to(inverse.dtype),
-            v.to(inverse.dtype),
-            _columns(basis.left_vectors, keep_rows, inverse),
-            _columns(basis.right_vectors, keep_cols, inverse),
-        )
-
-    def rotate(self, terms: list[Factors]) -> list[Factors]:
-        """Factors in the kept part of the basis."""
-        return [
-            Factors(left @ self.left_vectors, right @ self.right_vectors) for left, right in terms
-        ]
-
-    def sides(self, terms: list[Factors]) -> list[QuerySide]:
-        """Queries preconditioned by each term of the sum."""
-        rotated = self.rotate(terms)
-        return [
-            QuerySide(terms=[Factors(left * u, right * v) for left, right in rotated])
-            for u, v in zip(self.u, self.v, strict=True)
-        ]
+            for name, basis in bases.items()
+        }
+        return FittedKronecker(plan, blocks, self.precision)
 
 
 @dataclass(frozen=True)
@@ -267,6 +151,14 @@ class PreparedBlock:
 
     sides: list[QuerySide]
     basis: Basis | ShortSum | None
+
+    def narrowed(self) -> "PreparedBlock":
+        """The same for products in bfloat16.
+
+        The first term of a short sum carries most of the score and stays as it is.
+        """
+        first, rest = (self.sides[:1], self.sides[1:]) if len(self.sides) > 1 else ([], self.sides)
+        return PreparedBlock([*first, *(side.to(torch.bfloat16) for side in rest)], self.basis)
 
 
 @dataclass(frozen=True)
@@ -282,7 +174,7 @@ class KroneckerBlock:
     def uses_matrix(self, query: list[Factors], queries: int) -> bool:
         """Whether the queries are written out: always when exactness was asked for."""
         block = self.basis.block
-        if _one_hot(query):
+        if is_one_hot(query):
             return False
         if self.short is None or not _all_floating(query):
             return block.cols > 1
@@ -293,7 +185,7 @@ class KroneckerBlock:
 
     def prepare(self, terms: list[Factors]) -> PreparedBlock:
         """Precondition queries."""
-        if _one_hot(terms) or (self.basis.block.cols == 1 and _all_floating(terms)):
+        if is_one_hot(terms) or (self.basis.block.cols == 1 and _all_floating(terms)):
             rotated = self.basis.rotate(terms)
             return PreparedBlock([QuerySide(terms=self._scaled(rotated))], self.basis)
         if not self.uses_matrix(terms, len(terms[0].right)):
@@ -321,7 +213,7 @@ class KroneckerBlock:
             left, right = self.basis.rotate(terms)[0]
             weighted = left[:, 0].square() @ self.inverse  # [b, cols]
             return (weighted * right[:, 0].square()).sum(1)
-        if _one_hot(terms):
+        if is_one_hot(terms):
             rotated = self.basis.rotate(terms)
             example, row, summed = sum_by_row(rotated, self.basis.block.rows)
             norms = (summed.square() * self.inverse[row]).sum(1)
@@ -339,6 +231,7 @@ class FittedKronecker:
 
     plan: Plan
     blocks: dict[str, KroneckerBlock]
+    precision: Precision = "float32"
 
     def query_bytes(self, query: Gradients, queries: int) -> int:
         """Bytes of one prepared query."""
@@ -354,7 +247,10 @@ class FittedKronecker:
 
     def prepare(self, queries: Gradients) -> dict[str, PreparedBlock]:
         """Preconditioned queries by block."""
-        return {name: block.prepare(queries[name]) for name, block in self.blocks.items()}
+        ready = {name: block.prepare(queries[name]) for name, block in self.blocks.items()}
+        if self.precision == "bfloat16":
+            ready = {name: one.narrowed() for name, one in ready.items()}
+        return ready
 
     def products(self, prepared: dict[str, PreparedBlock], train: Gradients) -> Tensor:
         """Inner products of all pairs, `[q, b]`."""
@@ -363,10 +259,12 @@ class FittedKronecker:
             terms = ready.basis.rotate(train[name]) if ready.basis is not None else train[name]
             if out is None:
                 side = ready.sides[0]
-                like = side.matrix if side.matrix is not None else side.terms[0].right  # type: ignore[index]
-                out = like.new_zeros(len(like), len(train[name][0].right))
+                out = train[name][0].right.new_zeros(len(side), len(train[name][0].right))
+            narrow = terms
+            if self.precision == "bfloat16":
+                narrow = [cast(term, torch.bfloat16) for term in terms]
             for side in ready.sides:
-                add_products(out, side, terms, self.plan.blocks[name])
+                add_products(out, side, narrow if side.is_narrow else terms, self.plan.blocks[name])
         assert out is not None
         return out
 
@@ -394,28 +292,6 @@ class FittedKronecker:
     def damping_used(self) -> dict[str, float]:
         """λ of each block."""
         return {name: block.damping for name, block in self.blocks.items()}
-
-
-def _turn(factor: Tensor, vectors: Tensor | None) -> Tensor:
-    return factor if vectors is None else factor @ vectors
-
-
-def _columns(vectors: Tensor | None, keep: Tensor, like: Tensor) -> Tensor:
-    if vectors is None:
-        size = int(keep.max()) + 1
-        vectors = torch.eye(size, dtype=like.dtype, device=like.device)
-    return vectors[:, keep].contiguous()
-
-
-def _heaviest(energy: Tensor, allowed: Tensor) -> Tensor:
-    """Positions left after the lightest, whose energies sum to at most `allowed`, are dropped."""
-    values, order = energy.sort()
-    dropped = int((values.cumsum(0) <= allowed).sum())
-    return order[min(dropped, len(order) - 1) :].sort().values
-
-
-def _one_hot(terms: list[Factors]) -> bool:
-    return all(not term.left.is_floating_point() for term in terms)
 
 
 def _all_floating(terms: list[Factors]) -> bool:

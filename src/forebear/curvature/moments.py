@@ -8,6 +8,8 @@ from torch import Tensor
 from forebear.blocks import Block
 from forebear.layers import Factors
 
+GRAM_BLOCK = 256  # narrower blocks would waste more in small products than they save
+
 
 @dataclass
 class FactorMoments:
@@ -54,23 +56,34 @@ class FactorMoments:
 
 
 def eigenvectors(total: Tensor, count: int) -> tuple[Tensor, Tensor | None]:
-    """Eigenvalues `[d]` and eigenvectors `[d, d]` of `total / count`; None for a diagonal."""
+    """Eigenvalues `[d]` and eigenvectors `[d, d]` of `total / count`; None for a diagonal.
+
+    In the gradients' own precision: EK-FAC measures the eigenvalues again in this basis, and
+    K-FAC's are damped far above the rounding of single precision.
+    """
     if total.ndim == 1:
         return total / count, None
     if len(total) == 1:
         return total[0] / count, None
-    # In double precision: single loses the small eigenvalues that damping is compared with.
-    values, vectors = torch.linalg.eigh(total.double() / count)
-    return values.clamp_min(0).to(total.dtype), vectors.to(total.dtype)
+    values, vectors = torch.linalg.eigh(symmetric(total) / count)
+    return values.clamp_min(0), vectors
 
 
 def add_gram(total: Tensor, rows: Tensor) -> None:
-    """Add `rowsᵀ rows` to a matrix `[d, d]`, or its diagonal to `[d]`."""
+    """Add `rowsᵀ rows` to the upper blocks of `[d, d]`, or its diagonal to `[d]`.
+
+    Only blocks on and above the diagonal are formed, which saves up to half of the products;
+    `symmetric` fills in the rest at the end.
+    """
     if total.ndim == 1:
         total += rows.square().sum(0)
-    elif total.device.type == "cpu":
-        # numpy calls the symmetric product for xᵀx, at half the cost of torch's general one.
-        x = rows.contiguous().numpy()
-        total += torch.from_numpy(x.T @ x)
-    else:
-        total.addmm_(rows.T, rows)
+        return
+    width = max(GRAM_BLOCK, -(-len(total) // 8))
+    for start in range(0, len(total), width):
+        columns = slice(start, start + width)
+        total[columns, start:].addmm_(rows[:, columns].T, rows[:, start:])
+
+
+def symmetric(upper: Tensor) -> Tensor:
+    """The symmetric matrix whose upper triangle is `upper`'s."""
+    return upper.triu() + upper.triu(1).T

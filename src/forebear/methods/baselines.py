@@ -12,6 +12,7 @@ from forebear.errors import TaskError
 from forebear.methods.fitted import Fitted, Piece, warn_about_zeros
 from forebear.progress import track
 from forebear.task import Task
+from forebear.types import require_choices
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,7 +20,8 @@ class Similarity:
     """Similarity of last hidden states: what the last linear layer gets to see.
 
     Scores say what looks alike to the model, not what taught it; labels play no part. For
-    sequences the hidden states are averaged over positions.
+    sequences the hidden states are averaged over positions, those that the batch's
+    `attention_mask` leaves out excepted.
 
     Attributes:
         metric: `"cosine"` or `"dot"`.
@@ -29,6 +31,9 @@ class Similarity:
     name: str = "similarity"
     metric: Literal["cosine", "dot"] = "cosine"
     layer: str | None = None
+
+    def __post_init__(self) -> None:
+        require_choices(self)
 
     def fit(
         self, task: Task, train: Any, *, ids: Any = None, batch_size: int = 256
@@ -84,7 +89,8 @@ class FittedSimilarity(Fitted):
                     moved = map_tensors(lambda t: t.to(self.task.device), batch)
                     self.task.losses(self.task.model, moved)
                     size = batch_length(moved)
-                    rows.append(seen[-1].reshape(size, -1, seen[-1].shape[-1]).mean(1).cpu())
+                    states = seen[-1].reshape(size, -1, seen[-1].shape[-1])  # [b, t, d]
+                    rows.append(_mean_state(states, moved).cpu())
         finally:
             handle.remove()
         embedded = torch.cat(rows)
@@ -133,6 +139,15 @@ class FittedRandom(Fitted):
     def tensors(self) -> dict[str, Tensor]:
         """Nothing."""
         return {"seed": torch.tensor(self.method.seed)}
+
+
+def _mean_state(states: Tensor, batch: Any) -> Tensor:
+    """Mean of `[b, t, d]` over the positions that the batch's attention mask does not leave out."""
+    mask = batch.get("attention_mask") if hasattr(batch, "get") else None
+    if mask is None or mask.shape != states.shape[:2]:
+        return states.mean(1)
+    weights = mask.to(states.dtype)[..., None]
+    return (states * weights).sum(1) / weights.sum(1).clamp_min(1)
 
 
 def _last_linear(model: nn.Module) -> str:

@@ -24,6 +24,7 @@ from forebear.plan import make_plan
 from forebear.projections import KeptStream, ProjectedStream, Projection, projected_plan
 from forebear.stream import Stream
 from forebear.task import Checkpoint, Task
+from forebear.types import require_choices
 
 FEATURE_BYTES = 2**30
 """Projected training gradients up to 1 GB are kept; larger sets are computed again when needed."""
@@ -58,6 +59,9 @@ class Influence:
     units: Literal["ranking", "removal"] = "ranking"
     layers: tuple[str, ...] | None = None
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        require_choices(self)
 
     def fit(
         self, task: Task, train: Any, *, ids: Any = None, batch_size: int = 256

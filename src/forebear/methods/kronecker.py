@@ -3,6 +3,7 @@
 from typing import Literal
 
 from forebear.curvature import Damping, Kronecker
+from forebear.gradients import Precision
 from forebear.methods.influence import Influence
 
 
@@ -10,8 +11,9 @@ def KFAC(
     *,
     damping: float | Damping = 0.1,
     targets: Literal["sampled", "empirical"] = "sampled",
-    rank: int | None = 32,
+    rank: int | None = 128,
     tolerance: float = 0.02,
+    precision: Precision = "float32",
     layers: tuple[str, ...] | None = None,
     seed: int = 0,
 ) -> Influence:
@@ -21,11 +23,14 @@ def KFAC(
         damping: λ; a number is relative to the mean eigenvalue of each block.
         targets: sampled from the model, or the training labels (`"empirical"`).
         rank: most terms of the low-rank inverse for all pairs; None contracts exactly.
-        tolerance: relative error allowed to it.
+        tolerance: relative error allowed to it; fewer terms are used where they suffice.
+        precision: of the products of all pairs; `"bfloat16"` is faster on processors that have it.
         layers: restrict the method to these layers.
         seed: of the sampled targets.
     """
-    curvature = Kronecker(corrected=False, targets=targets, rank=rank, tolerance=tolerance)
+    curvature = Kronecker(
+        corrected=False, targets=targets, rank=rank, tolerance=tolerance, precision=precision
+    )
     return Influence(
         name="kfac",
         curvature=curvature,
@@ -40,8 +45,9 @@ def EKFAC(
     *,
     damping: float | Damping = 0.1,
     targets: Literal["sampled", "empirical"] = "sampled",
-    rank: int | None = 32,
+    rank: int | None = 128,
     tolerance: float = 0.02,
+    precision: Precision = "float32",
     layers: tuple[str, ...] | None = None,
     seed: int = 0,
 ) -> Influence:
@@ -51,11 +57,14 @@ def EKFAC(
         damping: λ; a number is relative to the mean eigenvalue of each block.
         targets: sampled from the model, or the training labels (`"empirical"`).
         rank: most terms of the low-rank inverse for all pairs; None contracts exactly.
-        tolerance: relative error allowed to it.
+        tolerance: relative error allowed to it; fewer terms are used where they suffice.
+        precision: of the products of all pairs; `"bfloat16"` is faster on processors that have it.
         layers: restrict the method to these layers.
         seed: of the sampled targets.
     """
-    curvature = Kronecker(corrected=True, targets=targets, rank=rank, tolerance=tolerance)
+    curvature = Kronecker(
+        corrected=True, targets=targets, rank=rank, tolerance=tolerance, precision=precision
+    )
     return Influence(
         name="ekfac",
         curvature=curvature,

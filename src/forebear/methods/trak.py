@@ -3,6 +3,7 @@
 from typing import Literal
 
 from forebear.curvature import Damping, Dense
+from forebear.errors import unknown_name
 from forebear.methods.influence import Influence
 from forebear.projections import Gaussian, TensorSketch
 
@@ -28,12 +29,14 @@ def TRAK(
         layers: restrict the method to these layers.
         seed: of the projections.
     """
-    kind = TensorSketch if projection == "tensor_sketch" else Gaussian
+    kinds = {"tensor_sketch": TensorSketch, "gaussian": Gaussian}
+    if projection not in kinds:
+        raise unknown_name("projection of TRAK", str(projection), kinds)
     return Influence(
         name="trak",
         gradient="output",
         curvature=Dense(kind="fisher"),
-        projection=kind(dimension),
+        projection=kinds[projection](dimension),
         damping=damping,
         checkpoints="mean",
         units="removal",

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from forebear.tasks.objective import Objective
+from forebear.tasks.objective import Objective, draw_classes
 
 
 class CrossEntropy(Objective):
@@ -22,8 +22,12 @@ class CrossEntropy(Objective):
         """Cross-entropy of each example, `[b]`."""
         return F.cross_entropy(outputs, batch[1], reduction="none")
 
-    def sample(self, outputs: Tensor, batch: Any, generator: torch.Generator) -> Any:
-        """Labels drawn from the predicted distribution."""
-        probabilities = outputs.softmax(-1).float()
-        labels = torch.multinomial(probabilities, 1, generator=generator)[:, 0]
-        return (batch[0], labels, *batch[2:])
+    def sample(
+        self, outputs: Tensor, batch: Any, generator: torch.Generator
+    ) -> tuple[Tensor, Tensor]:
+        """Labels `[b]` and weights `[b]`; see `draw_classes`."""
+        return draw_classes(outputs, generator)
+
+    def loss_at(self, outputs: Tensor, batch: Any, targets: Tensor, weights: Tensor) -> Tensor:
+        """Weighted cross-entropy of each example at other labels, `[b]`."""
+        return weights * F.cross_entropy(outputs, targets, reduction="none")

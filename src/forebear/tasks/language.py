@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from forebear.errors import TaskError
-from forebear.tasks.objective import Objective
+from forebear.tasks.objective import Objective, draw_classes
 
 IGNORED = -100
 
@@ -38,22 +38,39 @@ class CausalLM(Objective):
     def loss(self, outputs: Tensor, batch: Any) -> Tensor:
         """Mean or summed cross-entropy of each sequence, `[b]`."""
         labels = _labels(batch)[:, 1:]
-        tokens = F.cross_entropy(
-            outputs[:, :-1].transpose(1, 2), labels, ignore_index=IGNORED, reduction="none"
-        )  # [b, t - 1]
+        return self._reduced(_token_losses(outputs, labels), labels)
+
+    def sample(
+        self, outputs: Tensor, batch: Any, generator: torch.Generator
+    ) -> tuple[Tensor, Tensor]:
+        """Next tokens `[b, t - 1]` and weights; see `draw_classes`.
+
+        Weighted gradients do not average to zero as those under the model do; random signs make
+        them, so that products of different positions vanish in expectation.
+        """
+        labels = _labels(batch)[:, 1:]
+        drawn, weights = draw_classes(outputs[:, :-1].flatten(0, 1), generator)
+        signs = torch.randint(0, 2, weights.shape, generator=generator, device=weights.device)
+        weights = weights * (2 * signs - 1)
+        return torch.where(labels == IGNORED, IGNORED, drawn.view_as(labels)), weights.view(
+            labels.shape
+        )
+
+    def loss_at(self, outputs: Tensor, batch: Any, targets: Tensor, weights: Tensor) -> Tensor:
+        """Weighted loss of each sequence at other next tokens, `[b]`."""
+        return self._reduced(weights * _token_losses(outputs, targets), targets)
+
+    def _reduced(self, tokens: Tensor, labels: Tensor) -> Tensor:
         total = tokens.sum(-1)
         if self.reduction == "sum":
             return total
         return total / (labels != IGNORED).sum(-1).clamp_min(1)
 
-    def sample(self, outputs: Tensor, batch: Any, generator: torch.Generator) -> Any:
-        """Next tokens drawn from the model at every predicted position."""
-        labels = _labels(batch).clone()
-        probabilities = outputs[:, :-1].float().softmax(-1)
-        drawn = torch.multinomial(probabilities.flatten(0, 1), 1, generator=generator)
-        drawn = drawn.view(labels.shape[0], -1)
-        labels[:, 1:] = torch.where(labels[:, 1:] == IGNORED, IGNORED, drawn)
-        return {**batch, "labels": labels}
+
+def _token_losses(outputs: Tensor, labels: Tensor) -> Tensor:
+    """Cross-entropy of each next token, `[b, t - 1]`; zero where it is left out."""
+    logits = outputs[:, :-1].transpose(1, 2)
+    return F.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="none")
 
 
 def _labels(batch: Any) -> Tensor:

@@ -8,6 +8,26 @@ from torch import Tensor, nn
 from forebear.data import require_finite
 
 
+def draw_classes(logits: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Classes `[m]` drawn for the Fisher matrix of a softmax, with weights `√(p / q)` `[m]`.
+
+    The gradient at class c is `e_c − p`, of squared length `1 − 2 p_c + Σ p²`. A confident model
+    almost always draws the class whose gradient is nearly zero, and the rare other one carries
+    the whole matrix. Drawing from q ∝ p · length² instead gives every draw the same length, the
+    expected one, so that the trace has no noise at all.
+    """
+    p = logits.softmax(-1).double()
+    squares = p.square().sum(-1, keepdim=True)
+    lengths = (1 - 2 * p + squares).clamp_min(0)
+    mass = p * lengths  # sums to 1 − Σ p²
+    # A prediction that is certain to rounding has no gradient: any draw will do, with weight zero.
+    q = torch.where(mass.sum(-1, keepdim=True) > 0, mass, p)
+    drawn = torch.multinomial(q, 1, generator=generator)
+    length = lengths.gather(-1, drawn).clamp_min(torch.finfo(torch.float64).tiny)
+    weights = (mass.sum(-1, keepdim=True) / length).sqrt()
+    return drawn[..., 0], weights[..., 0].to(logits.dtype)
+
+
 class Objective:
     """A loss `objective(model, batch) -> [b]` taken apart into model outputs and a loss on them.
 
@@ -26,8 +46,18 @@ class Objective:
         """Loss of each example, `[b]`."""
         raise NotImplementedError
 
-    def sample(self, outputs: Tensor, batch: Any, generator: torch.Generator) -> Any:
-        """The batch with its targets replaced by draws from the model's own prediction."""
+    def sample(
+        self, outputs: Tensor, batch: Any, generator: torch.Generator
+    ) -> tuple[Tensor, Tensor]:
+        """Targets drawn from the model's own prediction, and a weight for the gradient of each.
+
+        With weights `±√(p / q)` targets may come from another distribution q than the model's p:
+        the second moments of the gradients are those under p, with less noise.
+        """
+        raise NotImplementedError
+
+    def loss_at(self, outputs: Tensor, batch: Any, targets: Tensor, weights: Tensor) -> Tensor:
+        """Weighted loss of each example at other targets, `[b]`."""
         raise NotImplementedError
 
     def __call__(self, model: nn.Module, batch: Any) -> Tensor:
@@ -35,10 +65,10 @@ class Objective:
         return self.loss(self.outputs(model, batch), batch)
 
     def sampled(self, model: nn.Module, batch: Any, generator: torch.Generator) -> Tensor:
-        """Loss `[b]` at targets drawn from the model: its gradients have the true Fisher matrix."""
+        """Loss `[b]` at drawn targets: its gradients have the true Fisher matrix as moments."""
         outputs = self.outputs(model, batch)
         require_finite(outputs.detach(), "model's output")
-        return self.loss(outputs, self.sample(outputs.detach(), batch, generator))
+        return self.loss_at(outputs, batch, *self.sample(outputs.detach(), batch, generator))
 
     def link(self, model: nn.Module, batch: Any) -> tuple[Tensor, Tensor]:
         """TRAK's model output `f` `[b]` and its weight `−dℓ/df` `[b]`.

@@ -26,10 +26,16 @@ class SquaredError(Objective):
         """Half the squared error of each example, `[b]`."""
         return 0.5 * (outputs - _targets(outputs, batch)).square().sum(-1)
 
-    def sample(self, outputs: Tensor, batch: Any, generator: torch.Generator) -> Any:
-        """Targets drawn from a Gaussian with unit variance around the prediction."""
+    def sample(
+        self, outputs: Tensor, batch: Any, generator: torch.Generator
+    ) -> tuple[Tensor, Tensor]:
+        """Targets `[b, c]` from a Gaussian of unit variance around the prediction; weights one."""
         noise = torch.randn(outputs.shape, generator=generator, device=outputs.device)
-        return (batch[0], outputs + noise.to(outputs.dtype), *batch[2:])
+        return outputs + noise.to(outputs.dtype), outputs.new_ones(len(outputs))
+
+    def loss_at(self, outputs: Tensor, batch: Any, targets: Tensor, weights: Tensor) -> Tensor:
+        """Weighted half squared error of each example at other targets, `[b]`."""
+        return weights * 0.5 * (outputs - targets).square().sum(-1)
 
     def link(self, model: nn.Module, batch: Any) -> tuple[Tensor, Tensor]:
         """The prediction along the residual and the residual's length.
