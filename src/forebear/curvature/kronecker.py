@@ -11,6 +11,7 @@ value decomposition *weighted with the second moments* of the rotated factors, a
 that carry no weight are dropped. `rank=None` contracts exactly instead.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -36,6 +37,9 @@ from forebear.gradients import (
 from forebear.layers import Factors
 from forebear.types import require_choices
 
+KEPT_BYTES = 2**27
+"""Factors of the training set up to 128 MB are kept between the two passes of EK-FAC."""
+
 MAX_DIMENSION = 8192
 """Sides longer than this get a diagonal second moment: their eigenvectors would not fit."""
 
@@ -56,7 +60,7 @@ class Kronecker:
 
     corrected: bool = True
     targets: Literal["sampled", "empirical"] = "sampled"
-    tolerance: float = 0.02
+    tolerance: float = 0.018
     rank: int | None = 128
     precision: Precision = "float32"
 
@@ -66,10 +70,19 @@ class Kronecker:
     def fit(
         self, stream: GradientStream, function: Function, damping: Damping, seed: int
     ) -> "FittedKronecker":
-        """One pass for the factors' moments and, for EK-FAC, one for the eigenvalues."""
+        """One pass for the factors' moments and, for EK-FAC, one for the eigenvalues.
+
+        Where the factors of all examples fit into `KEPT_BYTES` the second pass is not needed.
+        """
         function = self._function(stream, function, seed)
         moments: dict[str, FactorMoments] = {}
+        kept: list[Gradients] | None = [] if self.corrected else None
+        room = KEPT_BYTES
         for _, _, gradients in stream.gradients(function, "curvature factors"):
+            if kept is not None:
+                kept.append(self._narrow(gradients))
+                room -= _bytes(kept[-1])
+                kept = kept if room >= 0 else None
             for name, block in stream.plan.blocks.items():
                 if name not in moments:
                     moments[name] = FactorMoments.start(block, gradients[name], MAX_DIMENSION)
@@ -79,7 +92,8 @@ class Kronecker:
         for name, block in stream.plan.blocks.items():
             bases[name] = Basis.of(block, moments.pop(name), size)  # frees the moments
         if self.corrected:
-            eigenvalues = self._measured(stream, function, bases)
+            again = (g for _, _, g in stream.gradients(function, "curvature eigenvalues"))
+            eigenvalues = self._measured(again if kept is None else kept, bases, size)
         else:
             eigenvalues = {name: basis.product() for name, basis in bases.items()}
         used = {name: damping.value(values.mean().item()) for name, values in eigenvalues.items()}
@@ -110,13 +124,21 @@ class Kronecker:
         return Sampled(stream.task, seed)
 
     def _measured(
-        self, stream: GradientStream, function: Function, bases: dict[str, "Basis"]
+        self, batches: Iterable[Gradients], bases: dict[str, Basis], size: int
     ) -> dict[str, Tensor]:
         totals = {name: basis.empty() for name, basis in bases.items()}
-        for _, _, gradients in stream.gradients(function, "curvature eigenvalues"):
+        for gradients in batches:
             for name, basis in bases.items():
-                basis.add_squares(totals[name], gradients[name])
-        return {name: total.div_(len(stream.data)) for name, total in totals.items()}
+                basis.add_squares(totals[name], gradients[name], self.precision)
+        return {name: total.div_(size) for name, total in totals.items()}
+
+    def _narrow(self, gradients: Gradients) -> Gradients:
+        if self.precision == "float32":
+            return gradients
+        return {
+            name: [cast(term, torch.bfloat16) for term in terms] if _flat(terms) else terms
+            for name, terms in gradients.items()
+        }
 
     def _fitted(
         self,
@@ -153,12 +175,8 @@ class PreparedBlock:
     basis: Basis | ShortSum | None
 
     def narrowed(self) -> "PreparedBlock":
-        """The same for products in bfloat16.
-
-        The first term of a short sum carries most of the score and stays as it is.
-        """
-        first, rest = (self.sides[:1], self.sides[1:]) if len(self.sides) > 1 else ([], self.sides)
-        return PreparedBlock([*first, *(side.to(torch.bfloat16) for side in rest)], self.basis)
+        """The same for products in bfloat16."""
+        return PreparedBlock([side.to(torch.bfloat16) for side in self.sides], self.basis)
 
 
 @dataclass(frozen=True)
@@ -183,14 +201,14 @@ class KroneckerBlock:
         ghost = len(self.short.u) * t**2 * (kept + 8)
         return block.size * (1 + t / max(queries, 1)) < ghost
 
-    def prepare(self, terms: list[Factors]) -> PreparedBlock:
+    def prepare(self, terms: list[Factors], precision: Precision = "float32") -> PreparedBlock:
         """Precondition queries."""
         if is_one_hot(terms) or (self.basis.block.cols == 1 and _all_floating(terms)):
             rotated = self.basis.rotate(terms)
             return PreparedBlock([QuerySide(terms=self._scaled(rotated))], self.basis)
         if not self.uses_matrix(terms, len(terms[0].right)):
             assert self.short is not None
-            return PreparedBlock(self.short.sides(terms), self.short)
+            return PreparedBlock(self.short.sides(terms, precision), self.short)
         pieces = [
             self.basis.rotate_matrix(matrix * self.inverse, back=True)
             for matrix in self.basis.matrices(terms)
@@ -247,7 +265,10 @@ class FittedKronecker:
 
     def prepare(self, queries: Gradients) -> dict[str, PreparedBlock]:
         """Preconditioned queries by block."""
-        ready = {name: block.prepare(queries[name]) for name, block in self.blocks.items()}
+        ready = {
+            name: block.prepare(queries[name], self.precision)
+            for name, block in self.blocks.items()
+        }
         if self.precision == "bfloat16":
             ready = {name: one.narrowed() for name, one in ready.items()}
         return ready
@@ -296,3 +317,12 @@ class FittedKronecker:
 
 def _all_floating(terms: list[Factors]) -> bool:
     return all(term.left.is_floating_point() for term in terms)
+
+
+def _flat(terms: list[Factors]) -> bool:
+    """Whether squares are formed from factors, which bfloat16 is good enough for."""
+    return len(terms) == 1 and terms[0].left.is_floating_point() and terms[0].left.shape[1] == 1
+
+
+def _bytes(gradients: Gradients) -> int:
+    return sum(side.nbytes for terms in gradients.values() for term in terms for side in term)

@@ -11,6 +11,7 @@ from forebear.data import Data, batch_length, map_tensors
 from forebear.errors import TaskError
 from forebear.methods.fitted import Fitted, Piece, warn_about_zeros
 from forebear.progress import track
+from forebear.stream import BATCH
 from forebear.task import Task
 from forebear.types import require_choices
 
@@ -36,7 +37,7 @@ class Similarity:
         require_choices(self)
 
     def fit(
-        self, task: Task, train: Any, *, ids: Any = None, batch_size: int = 256
+        self, task: Task, train: Any, *, ids: Any = None, batch_size: int = BATCH
     ) -> "FittedSimilarity":
         """Embed the training set; one forward pass."""
         data = Data.of(train, ids=ids, collate=task.collate)
@@ -46,7 +47,7 @@ class Similarity:
 
     def restore(self, task: Task, train: Data, tensors: dict[str, Tensor]) -> "FittedSimilarity":
         """From saved embeddings."""
-        fitted = FittedSimilarity(self, task, train, batch_size=256)
+        fitted = FittedSimilarity(self, task, train, batch_size=BATCH)
         fitted.embeddings = tensors["embeddings"]
         return fitted
 
@@ -110,7 +111,7 @@ class Random:
     seed: int = 0
 
     def fit(
-        self, task: Task, train: Any, *, ids: Any = None, batch_size: int = 256
+        self, task: Task, train: Any, *, ids: Any = None, batch_size: int = BATCH
     ) -> "FittedRandom":
         """Nothing to do."""
         data = Data.of(train, ids=ids, collate=task.collate)
@@ -118,7 +119,7 @@ class Random:
 
     def restore(self, task: Task, train: Data, tensors: dict[str, Tensor]) -> "FittedRandom":
         """Nothing was saved."""
-        return FittedRandom(self, task, train, batch_size=256)
+        return FittedRandom(self, task, train, batch_size=BATCH)
 
 
 class FittedRandom(Fitted):

@@ -13,6 +13,7 @@ from torch import Tensor
 from forebear.data import Data
 from forebear.errors import DataError, MismatchError, NonFiniteError, NumericalWarning
 from forebear.methods.settings import settings_of
+from forebear.stream import BATCH
 from forebear.task import Task
 from forebear.types import Provenance, Scores, TopK, check_k, write_json
 
@@ -28,7 +29,7 @@ class Method(Protocol):
         """The registered name."""
         ...
 
-    def fit(self, task: Task, train: Any, *, ids: Any = None, batch_size: int = 256) -> "Fitted":
+    def fit(self, task: Task, train: Any, *, ids: Any = None, batch_size: int = BATCH) -> "Fitted":
         """Do all work that depends only on the model and the training set.
 
         Args:

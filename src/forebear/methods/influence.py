@@ -22,7 +22,7 @@ from forebear.gradients import joined
 from forebear.methods.fitted import Fitted, Piece, warn_about_zeros
 from forebear.plan import make_plan
 from forebear.projections import KeptStream, ProjectedStream, Projection, projected_plan
-from forebear.stream import Stream
+from forebear.stream import BATCH, Stream
 from forebear.task import Checkpoint, Task
 from forebear.types import require_choices
 
@@ -64,7 +64,7 @@ class Influence:
         require_choices(self)
 
     def fit(
-        self, task: Task, train: Any, *, ids: Any = None, batch_size: int = 256
+        self, task: Task, train: Any, *, ids: Any = None, batch_size: int = BATCH
     ) -> "FittedInfluence":
         """Check the layers on a batch and estimate the curvature at every checkpoint."""
         data = Data.of(train, ids=ids, collate=task.collate)
@@ -79,7 +79,7 @@ class Influence:
 
     def restore(self, task: Task, train: Data, tensors: dict[str, Tensor]) -> "FittedInfluence":
         """From saved tensors."""
-        fitted = self._unfitted(task, train, 256)
+        fitted = self._unfitted(task, train, BATCH)
         for i in range(len(fitted.moments)):
             parts = {
                 key.removeprefix(f"{i}:"): value
