@@ -63,6 +63,7 @@ def run(options: argparse.Namespace) -> list[dict[str, Any]]:
 
     references = {
         "graddot": lambda: fb.GradDot().fit(task, train).score(few).values,
+        "trak 2048": lambda: fb.TRAK(dimension=2048).fit(task, train).score(few).values,
         "exact ekfac": lambda: fb.EKFAC(rank=None).fit(task, train).score(few).values,
     }
     works: list[tuple[str, Callable[[], Any], str | None]] = [
@@ -74,6 +75,7 @@ def run(options: argparse.Namespace) -> list[dict[str, Any]]:
         ("ekfac bfloat16", pairs(fb.EKFAC(precision="bfloat16")), "exact ekfac"),
         ("ekfac self-influence", own(fb.EKFAC()), None),
         ("trak 2048", pairs(fb.TRAK(dimension=2048)), None),
+        ("trak 2048 bfloat16", pairs(fb.TRAK(dimension=2048, precision="bfloat16")), "trak 2048"),
     ]
     rows = []
     for name, work, reference in works:

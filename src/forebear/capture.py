@@ -18,7 +18,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from forebear.blocks import Block, Plan, Use
 from forebear.data import batch_length, map_tensors, require_finite
 from forebear.errors import TaskError
-from forebear.layers import Factors
+from forebear.layers import Factors, vector
 from forebear.task import Task, per_example
 
 Function = Callable[[nn.Module, Any], Tensor]
@@ -125,7 +125,7 @@ class Capture:
         if self.plan.fallback:
             one_by_one = per_example_gradients(self.task.model, self.plan.fallback, function, batch)
             for name, g in one_by_one.items():
-                gradients[name] = [_vector(g.flatten(1))]
+                gradients[name] = [vector(g.flatten(1))]
         for name, terms in gradients.items():
             block = self.plan.blocks[name]
             gradients[name] = _merge(terms, block) or [self._zero(block)]
@@ -230,11 +230,11 @@ class Capture:
             if use.role == "vector":
                 named = named or rule.gradients(layer, a, g)
                 flat = torch.cat([named[key].flatten(1) for key in use.local], 1)
-                parts.append((use, _vector(flat.view(self._size, -1, flat.shape[1]).sum(1))))
+                parts.append((use, vector(flat.view(self._size, -1, flat.shape[1]).sum(1))))
                 continue
             if factors is None:
                 factors = self._fold(rule.factors(layer, a, g, bias=use.role == "joint"))
-            parts.append((use, _vector(factors.left.sum(1)) if use.role == "bias" else factors))
+            parts.append((use, vector(factors.left.sum(1)) if use.role == "bias" else factors))
         return parts
 
     def _fold(self, factors: Factors) -> Factors:
@@ -348,17 +348,12 @@ def _layer_by_layer_attention() -> Iterator[None]:
         torch.backends.mha.set_fastpath_enabled(before)
 
 
-def _vector(gradient: Tensor) -> Factors:
-    """A gradient `[b, p]` as a block with one column."""
-    return Factors(gradient[:, None], gradient.new_ones(len(gradient), 1, 1))
-
-
 def _merge(terms: list[Factors], block: Block) -> list[Factors]:
     """Terms of the same kind joined along t: several calls of a layer are one longer one."""
     if len(terms) < 2:
         return terms
     if block.rule is None:  # already written out
-        return [_vector(torch.stack([term.left[:, 0] for term in terms]).sum(0))]
+        return [vector(torch.stack([term.left[:, 0] for term in terms]).sum(0))]
     merged: list[Factors] = []
     for kind in (True, False):
         same = [term for term in terms if term.left.is_floating_point() == kind]

@@ -15,13 +15,16 @@ from torch import Tensor
 from forebear.blocks import Block
 from forebear.capture import Gradients
 from forebear.errors import TaskError
-from forebear.layers import Factors
+from forebear.layers import Factors, is_one
 
 Precision = Literal["float32", "bfloat16"]
 """Of the products of all pairs. Models in float64 keep float64 unless it is bfloat16."""
 
 WORKSPACE = 2**23
 """Entries of the largest temporary (32 MB of float32)."""
+
+STACK_WORKSPACE = 2**21
+"""The same where many products are added up: small enough for the cache."""
 
 GHOST_OVERHEAD = 24  # elementwise work of a ghost product per pair of positions, in multiply-adds
 
@@ -35,7 +38,7 @@ def materialise(terms: list[Factors], block: Block) -> Tensor:
         else:
             part = right.new_zeros(len(left), block.rows, block.cols)
             part.scatter_add_(1, left[:, :, None].expand_as(right), right)
-        total = part if total is None else total.add_(part)
+        total = part if total is None else total + part
     if total is None:
         raise ValueError(f"block {block.name!r} has no gradient: pass the size of the batch")
     return total
@@ -79,11 +82,6 @@ class QuerySide:
     def __len__(self) -> int:
         """Number of queries."""
         return len(self._first) // self.stacked
-
-    @property
-    def is_narrow(self) -> bool:
-        """Whether products are formed in bfloat16."""
-        return self._first.dtype == torch.bfloat16
 
     @property
     def _first(self) -> Tensor:
@@ -195,6 +193,8 @@ def sum_by_row(terms: list[Factors], rows: int) -> tuple[Tensor, Tensor, Tensor]
 
 def _outer(left: Tensor, right: Tensor) -> Tensor:
     """`Σ_t left_t ⊗ right_t`, `[b, rows, cols]`."""
+    if is_one(right):
+        return left.mT
     if left.shape[1] == 1:
         return left.mT * right
     return left.mT @ right
@@ -214,11 +214,11 @@ def _add_ghost_products(out: Tensor, query: Factors, train: Factors) -> None:
     tq, tb = query.left.shape[1], train.left.shape[1]
     if tq == 1 and tb == 1 and _floating(query, train):
         if train.right.shape[2] == 1:  # a vector; a number each, folded into the left factor
-            folded = (query.left * query.right)[:, 0], (train.left * train.right)[:, 0]
-            if out.dtype == folded[0].dtype:
-                out.addmm_(folded[0], folded[1].T)
+            one, other = _folded(query), _folded(train)
+            if out.dtype == one.dtype:
+                out.addmm_(one, other.T)
             else:
-                out += folded[0] @ folded[1].T
+                out += one @ other.T
             return
         lefts = query.left[:, 0] @ train.left[:, 0].T  # [q, b]
         out.addcmul_(lefts, query.right[:, 0] @ train.right[:, 0].T)
@@ -234,6 +234,12 @@ def _add_ghost_products(out: Tensor, query: Factors, train: Factors) -> None:
         out[rows] += products.view(-1, tq, size, tb).sum((1, 3), dtype=out.dtype)
 
 
+def _folded(vector: Factors) -> Tensor:
+    """A written-out gradient `[b, p]`."""
+    left, right = vector
+    return left[:, 0] if is_one(right) else (left * right)[:, 0]
+
+
 def _add_stacked_products(out: Tensor, query: Factors, train: Factors, stacked: int) -> None:
     """One long product for many sets of queries, then their sum."""
     queries, size = out.shape
@@ -244,7 +250,7 @@ def _add_stacked_products(out: Tensor, query: Factors, train: Factors, stacked: 
         return
     # Contiguous after the transposition: the products are a third faster, and it is done once.
     left, right = train.left[:, 0].T.contiguous(), train.right[:, 0].T.contiguous()
-    step = max(1, WORKSPACE // (queries * size)) * queries
+    step = max(1, STACK_WORKSPACE // (queries * size)) * queries
     for start in range(0, stacked * queries, step):
         rows = slice(start, start + step)
         products = query.left[rows, 0] @ left  # [sets * q, b]

@@ -11,8 +11,8 @@ from forebear.curvature.damping import Damping
 from forebear.data import Data
 from forebear.task import Task
 
-QUERY_BYTES = 2**28
-"""Memory that prepared queries may take at a time (256 MB); more queries come in groups."""
+QUERY_BYTES = 2**27
+"""Memory that prepared queries may take at a time (128 MB); more queries come in groups."""
 
 
 class GradientStream(Protocol):

@@ -74,7 +74,7 @@ class Basis:
             if precision == "bfloat16":
                 squares = [
                     side[:, 0].square()
-                    for side in self._narrow().rotate([cast(t, torch.bfloat16) for t in terms])[0]
+                    for side in self.narrow().rotate([cast(t, torch.bfloat16) for t in terms])[0]
                 ]
                 total += squares[0].T @ squares[1]
                 return
@@ -88,7 +88,7 @@ class Basis:
         for matrix in self.matrices(terms):
             total += matrix.square().sum(0)
 
-    def _narrow(self) -> "Basis":
+    def narrow(self) -> "Basis":
         """The same basis in bfloat16."""
         sides = (self.left_vectors, self.right_vectors)
         left, right = (None if side is None else side.to(torch.bfloat16) for side in sides)
@@ -126,6 +126,11 @@ class ShortSum:
         return [
             Factors(left @ self.left_vectors, right @ self.right_vectors) for left, right in terms
         ]
+
+    def narrow(self) -> "ShortSum":
+        """The same basis in bfloat16."""
+        left, right = self.left_vectors.to(torch.bfloat16), self.right_vectors.to(torch.bfloat16)
+        return replace(self, left_vectors=left, right_vectors=right)
 
     def sides(self, terms: list[Factors], precision: Precision) -> list[QuerySide]:
         """Queries preconditioned by each term of the sum, stacked."""

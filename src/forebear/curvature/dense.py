@@ -16,8 +16,8 @@ from forebear.curvature.identity import empty_products
 from forebear.curvature.moments import add_gram, symmetric
 from forebear.data import map_tensors, naming, require_finite
 from forebear.errors import NumericalWarning, TaskError
-from forebear.gradients import QuerySide, add_products, materialise
-from forebear.layers import Factors
+from forebear.gradients import Precision, QuerySide, add_products, materialise
+from forebear.layers import vector
 from forebear.types import require_choices
 
 LARGEST = 20_000
@@ -33,10 +33,12 @@ class Dense:
             second moment of the gradients themselves (empirical Fisher; TRAK's `ΦᵀΦ / n`).
         indefinite: what becomes of negative eigenvalues of a Hessian: their `"absolute"` value,
             `"clip"` to zero, or `"keep"` them, with a warning when damping does not cover them.
+        precision: of the products of all pairs; `"bfloat16"` adds up in float32.
     """
 
     kind: Literal["hessian", "gauss_newton", "fisher"] = "hessian"
     indefinite: Literal["absolute", "clip", "keep"] = "absolute"
+    precision: Precision = "float32"
 
     def __post_init__(self) -> None:
         require_choices(self)
@@ -74,6 +76,7 @@ class Dense:
             factor=tensors.get("factor"),
             vectors=tensors.get("vectors"),
             inverse=tensors.get("inverse"),
+            precision=self.precision,
         )
 
     def _fisher(self, stream: GradientStream, function: Function) -> Tensor:
@@ -155,7 +158,11 @@ class Dense:
                 f"the damped Hessian is singular (λ = {damping:.3g}): increase the damping"
             )
         return FittedDense(
-            plan, damping, vectors=vectors.to(matrix.dtype), inverse=(1 / shifted).to(matrix.dtype)
+            plan,
+            damping,
+            vectors=vectors.to(matrix.dtype),
+            inverse=(1 / shifted).to(matrix.dtype),
+            precision=self.precision,
         )
 
 
@@ -168,6 +175,7 @@ class FittedDense:
     factor: Tensor | None = None
     vectors: Tensor | None = None
     inverse: Tensor | None = None
+    precision: Precision = "float32"
 
     def solve(self, rows: Tensor) -> Tensor:
         """`(C + λI)⁻¹` applied to each row of `[m, P]`."""
@@ -188,10 +196,11 @@ class FittedDense:
         pieces = solved.split([block.size for block in self.plan.blocks.values()], 1)
         for (name, block), piece in zip(self.plan.blocks.items(), pieces, strict=True):
             if block.cols == 1:
-                ones = piece.new_ones(len(piece), 1, 1)
-                sides[name] = QuerySide(terms=[Factors(piece[:, None].contiguous(), ones)])
+                sides[name] = QuerySide(terms=[vector(piece.contiguous())])
             else:
                 sides[name] = QuerySide(matrix=piece.reshape(-1, block.rows, block.cols))
+        if self.precision == "bfloat16":
+            sides = {name: side.to(torch.bfloat16) for name, side in sides.items()}
         return sides
 
     def products(self, prepared: dict[str, QuerySide], train: Gradients) -> Tensor:

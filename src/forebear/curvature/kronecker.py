@@ -37,8 +37,8 @@ from forebear.gradients import (
 from forebear.layers import Factors
 from forebear.types import require_choices
 
-KEPT_BYTES = 2**27
-"""Factors of the training set up to 128 MB are kept between the two passes of EK-FAC."""
+KEPT_BYTES = 2**26
+"""Factors of the training set up to 64 MB are kept between the two passes of EK-FAC."""
 
 MAX_DIMENSION = 8192
 """Sides longer than this get a diagonal second moment: their eigenvectors would not fit."""
@@ -74,11 +74,11 @@ class Kronecker:
 
         Where the factors of all examples fit into `KEPT_BYTES` the second pass is not needed.
         """
-        function = self._function(stream, function, seed)
+        sampled = self._function(stream, function, seed)
         moments: dict[str, FactorMoments] = {}
         kept: list[Gradients] | None = [] if self.corrected else None
         room = KEPT_BYTES
-        for _, _, gradients in stream.gradients(function, "curvature factors"):
+        for _, _, gradients in stream.gradients(sampled, "curvature factors"):
             if kept is not None:
                 kept.append(self._narrow(gradients))
                 room -= _bytes(kept[-1])
@@ -92,7 +92,9 @@ class Kronecker:
         for name, block in stream.plan.blocks.items():
             bases[name] = Basis.of(block, moments.pop(name), size)  # frees the moments
         if self.corrected:
-            again = (g for _, _, g in stream.gradients(function, "curvature eigenvalues"))
+            # The same targets again, so that it makes no difference whether factors were kept.
+            sampled = self._function(stream, function, seed)
+            again = (g for _, _, g in stream.gradients(sampled, "curvature eigenvalues"))
             eigenvalues = self._measured(again if kept is None else kept, bases, size)
         else:
             eigenvalues = {name: basis.product() for name, basis in bases.items()}
@@ -176,7 +178,8 @@ class PreparedBlock:
 
     def narrowed(self) -> "PreparedBlock":
         """The same for products in bfloat16."""
-        return PreparedBlock([side.to(torch.bfloat16) for side in self.sides], self.basis)
+        basis = None if self.basis is None else self.basis.narrow()
+        return PreparedBlock([side.to(torch.bfloat16) for side in self.sides], basis)
 
 
 @dataclass(frozen=True)
@@ -253,14 +256,14 @@ class FittedKronecker:
 
     def query_bytes(self, query: Gradients, queries: int) -> int:
         """Bytes of one prepared query."""
-        total = 0
+        total, entry = 0, 2 if self.precision == "bfloat16" else 4
         for name, block in self.blocks.items():
             shape = block.basis.block
             if block.uses_matrix(query[name], queries):
-                total += 4 * shape.size
+                total += entry * shape.size
             else:
                 ranks = len(block.short.u) if block.short else 1
-                total += 4 * ranks * positions_of(query[name]) * (shape.rows + shape.cols)
+                total += entry * ranks * positions_of(query[name]) * (shape.rows + shape.cols)
         return total
 
     def prepare(self, queries: Gradients) -> dict[str, PreparedBlock]:
@@ -277,15 +280,16 @@ class FittedKronecker:
         """Inner products of all pairs, `[q, b]`."""
         out: Tensor | None = None
         for name, ready in prepared.items():
-            terms = ready.basis.rotate(train[name]) if ready.basis is not None else train[name]
+            terms = train[name]
+            if self.precision == "bfloat16":
+                terms = [cast(term, torch.bfloat16) for term in terms]
+            if ready.basis is not None:
+                terms = ready.basis.rotate(terms)
             if out is None:
                 side = ready.sides[0]
                 out = train[name][0].right.new_zeros(len(side), len(train[name][0].right))
-            narrow = terms
-            if self.precision == "bfloat16":
-                narrow = [cast(term, torch.bfloat16) for term in terms]
             for side in ready.sides:
-                add_products(out, side, narrow if side.is_narrow else terms, self.plan.blocks[name])
+                add_products(out, side, terms, self.plan.blocks[name])
         assert out is not None
         return out
 

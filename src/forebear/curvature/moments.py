@@ -78,12 +78,17 @@ def add_gram(total: Tensor, rows: Tensor) -> None:
     if total.ndim == 1:
         total += rows.square().sum(0)
         return
-    width = max(GRAM_BLOCK, -(-len(total) // 8))
-    for start in range(0, len(total), width):
-        columns = slice(start, start + width)
-        total[columns, start:].addmm_(rows[:, columns].T, rows[:, start:])
+    for columns in _blocks(len(total)):
+        total[columns, columns.start :].addmm_(rows[:, columns].T, rows[:, columns.start :])
 
 
 def symmetric(upper: Tensor) -> Tensor:
-    """The symmetric matrix whose upper triangle is `upper`'s."""
-    return upper.triu() + upper.triu(1).T
+    """`upper` with its lower blocks filled in from the upper ones, in place."""
+    for columns in _blocks(len(upper)):
+        upper[columns.stop :, columns] = upper[columns, columns.stop :].T
+    return upper
+
+
+def _blocks(size: int) -> list[slice]:
+    width = max(GRAM_BLOCK, -(-size // 8))
+    return [slice(start, min(start + width, size)) for start in range(0, size, width)]

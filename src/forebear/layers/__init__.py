@@ -10,7 +10,7 @@ from importlib import import_module
 
 from torch import nn
 
-from forebear.layers.rule import Factors, MatrixRule, VectorRule
+from forebear.layers.rule import Factors, MatrixRule, VectorRule, is_one, vector
 
 RULES = {
     "Linear": "linear",
@@ -44,4 +44,4 @@ def rule_for(layer: nn.Module) -> MatrixRule | VectorRule | None:
     return None
 
 
-__all__ = ["RULES", "Factors", "MatrixRule", "VectorRule", "rule_for"]
+__all__ = ["RULES", "Factors", "MatrixRule", "VectorRule", "is_one", "rule_for", "vector"]

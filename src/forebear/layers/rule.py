@@ -19,6 +19,20 @@ class Factors(NamedTuple):
     right: Tensor
 
 
+def vector(gradient: Tensor) -> Factors:
+    """A gradient `[b, p]` that is written out, as the only column of a matrix.
+
+    The right factor is a one that takes no memory; `is_one` recognises it.
+    """
+    return Factors(gradient[:, None], gradient.new_ones(1, 1, 1).expand(len(gradient), 1, 1))
+
+
+def is_one(right: Tensor) -> bool:
+    """Whether a right factor is the one of `vector`, by which nothing needs to be multiplied."""
+    shared = right.shape[1:] == (1, 1) and right.stride(0) == 0 and len(right) > 1
+    return shared and right[0].item() == 1
+
+
 class MatrixRule(Protocol):
     """A layer that multiplies by a matrix: its gradient is a sum of outer products."""
 

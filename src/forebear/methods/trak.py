@@ -4,6 +4,7 @@ from typing import Literal
 
 from forebear.curvature import Damping, Dense
 from forebear.errors import unknown_name
+from forebear.gradients import Precision
 from forebear.methods.influence import Influence
 from forebear.projections import Gaussian, TensorSketch
 
@@ -13,6 +14,7 @@ def TRAK(
     dimension: int = 2048,
     damping: float | Damping = 0.01,
     projection: Literal["tensor_sketch", "gaussian"] = "tensor_sketch",
+    precision: Precision = "float32",
     layers: tuple[str, ...] | None = None,
     seed: int = 0,
 ) -> Influence:
@@ -26,6 +28,7 @@ def TRAK(
         damping: λ; a number is relative to the mean eigenvalue of the kernel. The paper has none,
             which needs many more examples than dimensions.
         projection: `"tensor_sketch"` acts on factors; `"gaussian"` is the dense reference.
+        precision: of the products of all pairs; `"bfloat16"` is faster where processors have it.
         layers: restrict the method to these layers.
         seed: of the projections.
     """
@@ -35,7 +38,7 @@ def TRAK(
     return Influence(
         name="trak",
         gradient="output",
-        curvature=Dense(kind="fisher"),
+        curvature=Dense(kind="fisher", precision=precision),
         projection=kinds[projection](dimension),
         damping=damping,
         checkpoints="mean",

@@ -9,7 +9,7 @@ from torch import Tensor
 from forebear.blocks import Block, Plan
 from forebear.capture import Function, Gradients
 from forebear.data import Data
-from forebear.layers import Factors
+from forebear.layers import vector
 from forebear.projections.base import PreparedProjection
 from forebear.stream import Stream
 from forebear.task import Task
@@ -91,5 +91,4 @@ class KeptStream:
 
 def as_block(features: Tensor) -> Gradients:
     """Vectors `[b, k]` as gradients with one block."""
-    ones = features.new_ones(len(features), 1, 1)
-    return {"projected": [Factors(features[:, None], ones)]}
+    return {"projected": [vector(features)]}
