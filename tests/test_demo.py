@@ -34,7 +34,7 @@ TRAIN, QUERIES = 80, 6
 def _tiny(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in {
         "SUBSETS": 8,
-        "SEEDS": 2,
+        "SEEDS": {"digits": 2, "fashion-mnist": 2},
         "CHECKPOINTS": 2,
         "MODELS_OF_TRAK": 2,
         "REMOVED": (0.1, 0.3),
