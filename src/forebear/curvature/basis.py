@@ -32,13 +32,22 @@ class Basis:
     right_vectors: Tensor | None  # [cols, cols]
     left_moments: Tensor  # [rows]
     right_moments: Tensor  # [cols]
+    positions: float = 1.0  # of an example, on average
 
     @classmethod
     def of(cls, block: Block, moments: FactorMoments, size: int) -> "Basis":
         """Diagonalise: left moments are per example, right moments per position."""
         left_moments, left_vectors = eigenvectors(moments.left, size)
         right_moments, right_vectors = eigenvectors(moments.right, max(moments.positions, 1))
-        return cls(block, left_vectors, right_vectors, left_moments, right_moments)
+        positions = moments.positions / size
+        return cls(block, left_vectors, right_vectors, left_moments, right_moments, positions)
+
+    @property
+    def may_shorten(self) -> bool:
+        """Whether a short sum of two terms or more can be cheaper than writing queries out."""
+        block = self.block
+        ghost = 2 * max(self.positions, 1.0) ** 2 * (block.rows + block.cols)
+        return min(block.rows, block.cols) > 1 and block.size > ghost
 
     def product(self) -> Tensor:
         """K-FAC's eigenvalues, `[rows, cols]`."""
@@ -215,7 +224,7 @@ def short_sums(
     expansions = {
         name: _Expansion.of(bases[name], inverse)
         for name, inverse in inverses.items()
-        if min(inverse.shape) > 1
+        if bases[name].may_shorten
     }
     names, ranks, squares, prices = [], [], [], []
     for name, expansion in expansions.items():

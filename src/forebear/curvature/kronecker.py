@@ -116,6 +116,7 @@ class Kronecker:
                 parts.get("right_vectors"),
                 parts["left_moments"],
                 parts["right_moments"],
+                parts["positions"].item(),
             )
             eigenvalues[name], used[name] = parts["eigenvalues"], parts["damping"].item()
         return self._fitted(plan, bases, eigenvalues, used)
@@ -309,6 +310,7 @@ class FittedKronecker:
                 "left_moments": basis.left_moments,
                 "right_moments": basis.right_moments,
                 "eigenvalues": block.eigenvalues,
+                "positions": torch.tensor(basis.positions, dtype=torch.float64),
                 "damping": torch.tensor(block.damping, dtype=torch.float64),
             }
             out |= {f"{name}/{key}": value for key, value in parts.items() if value is not None}
