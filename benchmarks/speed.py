@@ -9,14 +9,30 @@ row, mean over the first queries.
 
 import argparse
 import json
+import os
 import platform
-from collections.abc import Callable
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 from workloads import MODELS, median_ratio, peak_memory_mb, set_threads, workload
 
 AGREEMENT_QUERIES = 50
+
+
+WORKS: dict[str, str | None] = {
+    "graddot": None,
+    "graddot bfloat16": "graddot",
+    "self-influence": None,
+    "ekfac fit": None,
+    "ekfac": "exact ekfac",
+    "ekfac bfloat16": "exact ekfac",
+    "ekfac self-influence": None,
+    "trak 2048": None,
+    "trak 2048 bfloat16": "trak 2048",
+}
+"""What is timed, and what its scores are compared with."""
 
 
 def main() -> None:
@@ -26,11 +42,20 @@ def main() -> None:
     arguments.add_argument("--queries", type=int, default=500)
     arguments.add_argument("--threads", type=int, default=2)
     arguments.add_argument("--repeats", type=int, default=5)
-    arguments.add_argument("--only", nargs="*", help="names of works")
+    arguments.add_argument("--only", nargs="*", choices=WORKS, default=list(WORKS))
+    arguments.add_argument("--child", choices=WORKS, help=argparse.SUPPRESS)
     arguments.add_argument("--out", type=Path)
     options = arguments.parse_args()
     set_threads(options.threads)
-    rows = run(options)
+    if options.child:
+        print(json.dumps(run(options, options.child)))
+        return
+    rows = []
+    for name in options.only:  # a process each, so that peaks of memory are its own
+        command = [sys.executable, *sys.argv, "--child", name]
+        answer = subprocess.run(command, capture_output=True, text=True, check=True)
+        rows.append(json.loads(answer.stdout.splitlines()[-1]))
+        print(rows[-1], flush=True)
     report = {
         "model": options.model,
         "train": options.size,
@@ -38,13 +63,15 @@ def main() -> None:
         "threads": options.threads,
         "repeats": options.repeats,
         "machine": platform.machine(),
+        "load_average_after": os.getloadavg()[0],
         "rows": rows,
     }
     if options.out:
         options.out.write_text(json.dumps(report, indent=1) + "\n")
 
 
-def run(options: argparse.Namespace) -> list[dict[str, Any]]:
+def run(options: argparse.Namespace, name: str) -> dict[str, Any]:
+    """Time one work."""
     import torch
 
     import forebear as fb
@@ -53,51 +80,40 @@ def run(options: argparse.Namespace) -> list[dict[str, Any]]:
     model, train, queries = made.model, made.train, made.queries
     task = fb.Task(model, fb.losses.cross_entropy)
     few = torch.utils.data.TensorDataset(*(t[:AGREEMENT_QUERIES] for t in queries.tensors))
-    before = peak_memory_mb()
-
-    def pairs(method: Any) -> Callable[[], Any]:
-        return lambda: method.fit(task, train).score(queries).values
-
-    def own(method: Any) -> Callable[[], Any]:
-        return lambda: method.fit(task, train).self_influence()
-
-    references = {
-        "graddot": lambda: fb.GradDot().fit(task, train).score(few).values,
-        "trak 2048": lambda: fb.TRAK(dimension=2048).fit(task, train).score(few).values,
-        "exact ekfac": lambda: fb.EKFAC(rank=None).fit(task, train).score(few).values,
+    precision = "bfloat16" if name.endswith("bfloat16") else "float32"
+    method = {
+        "graddot": lambda: fb.GradDot(precision=precision),
+        "self-influence": fb.GradDot,
+        "ekfac": lambda: fb.EKFAC(precision=precision),
+        "exact ekfac": lambda: fb.EKFAC(rank=None),
+        "trak": lambda: fb.TRAK(dimension=2048, precision=precision),
     }
-    works: list[tuple[str, Callable[[], Any], str | None]] = [
-        ("graddot", pairs(fb.GradDot()), None),
-        ("graddot bfloat16", pairs(fb.GradDot(precision="bfloat16")), "graddot"),
-        ("self-influence", own(fb.GradDot()), None),
-        ("ekfac fit", lambda: fb.EKFAC().fit(task, train), None),
-        ("ekfac", pairs(fb.EKFAC()), "exact ekfac"),
-        ("ekfac bfloat16", pairs(fb.EKFAC(precision="bfloat16")), "exact ekfac"),
-        ("ekfac self-influence", own(fb.EKFAC()), None),
-        ("trak 2048", pairs(fb.TRAK(dimension=2048)), None),
-        ("trak 2048 bfloat16", pairs(fb.TRAK(dimension=2048, precision="bfloat16")), "trak 2048"),
-    ]
-    rows = []
-    for name, work, reference in works:
-        if options.only and name not in options.only:
-            continue
-        timing = median_ratio(work, model, train, repeats=options.repeats)
-        row: dict[str, Any] = {
-            "work": name,
-            "passes": round(timing.ratio, 3),
-            "plain_pass_seconds": round(timing.plain_seconds, 4),
-            "peak_memory_mb": round(peak_memory_mb()),
-            "memory_before_mb": round(before),
-        }
-        rows.append(row)
-        result = timing.result
-        if reference:
-            row["spearman_with"] = reference
-            row["spearman"] = round(
-                spearman(references[reference](), result[:AGREEMENT_QUERIES]), 5
-            )
-        print(row, flush=True)
-    return rows
+
+    def work() -> Any:
+        fitted = method[name.split()[0]]().fit(task, train)
+        if name.endswith("fit"):
+            return fitted
+        if name.endswith("self-influence"):
+            return fitted.self_influence()
+        return fitted.score(queries).values
+
+    before = peak_memory_mb()
+    timing = median_ratio(work, model, train, repeats=options.repeats)
+    row: dict[str, Any] = {
+        "work": name,
+        "passes": round(timing.ratio, 3),
+        "plain_pass_seconds": round(timing.plain_seconds, 4),
+        "peak_memory_mb": round(peak_memory_mb()),
+        "memory_before_mb": round(before),
+    }
+    reference = WORKS[name]
+    if reference:
+        precision = "float32"
+        make = method.get(reference) or method[reference.split()[0]]
+        expected = make().fit(task, train).score(few).values
+        row["spearman_with"] = reference
+        row["spearman"] = round(spearman(expected, timing.result[:AGREEMENT_QUERIES]), 5)
+    return row
 
 
 def spearman(a: Any, b: Any) -> float:

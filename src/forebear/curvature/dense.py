@@ -66,7 +66,8 @@ class Dense:
         if self.kind == "hessian":
             return self._diagonalised(stream.plan, matrix, damping)
         value = damping.value((matrix.diagonal().sum() / size).item())
-        return FittedDense(stream.plan, value, factor=_cholesky(matrix, value))
+        factor = _cholesky(matrix, value)
+        return FittedDense(stream.plan, value, factor=factor, precision=self.precision)
 
     def restore(self, plan: Plan, tensors: dict[str, Tensor]) -> "FittedDense":
         """From the saved factorisation."""

@@ -10,6 +10,8 @@ from forebear.layers import Factors
 
 GRAM_BLOCK = 256  # narrower blocks would waste more in small products than they save
 
+MANY_ROWS = 2048
+
 
 @dataclass
 class FactorMoments:
@@ -77,6 +79,12 @@ def add_gram(total: Tensor, rows: Tensor) -> None:
     """
     if total.ndim == 1:
         total += rows.square().sum(0)
+        return
+    if len(rows) >= MANY_ROWS and rows.device.type == "cpu":
+        # numpy knows xᵀx as the symmetric product it is; for small batches its threads would
+        # only be in the way of torch's.
+        x = rows.numpy()
+        total += torch.from_numpy(x.T @ x)
         return
     for columns in _blocks(len(total)):
         total[columns, columns.start :].addmm_(rows[:, columns].T, rows[:, columns.start :])
