@@ -68,7 +68,7 @@ ENTRIES = (
     Entry("trak", {"dimension": 512}, f"{MODELS_OF_TRAK} models trained with other seeds"),
     Entry("kfac", {}),
     Entry("ekfac", {}),
-    Entry("exact", {"curvature": "gauss_newton"}, "the last two layers, all that fits densely"),
+    Entry("exact", {"curvature": "gauss_newton"}, "the last two layers"),
 )
 
 

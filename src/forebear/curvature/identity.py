@@ -18,6 +18,7 @@ from forebear.gradients import (
     query_side,
     squared_norms,
 )
+from forebear.types import require_choices
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,9 @@ class Identity:
     """
 
     precision: Precision = "float32"
+
+    def __post_init__(self) -> None:
+        require_choices(self)
 
     def fit(
         self, stream: GradientStream, function: Function, damping: Damping, seed: int
