@@ -275,11 +275,12 @@ def _importable(folder: Path) -> Iterator[None]:
 
 def _import(path: Path) -> ModuleType:
     spec = importlib.util.spec_from_file_location(f"forebear_file_{uuid.uuid4().hex}", path)
-    if spec is None or spec.loader is None:
+    if spec is None:
         raise FormatError(f"{path} is not a Python file")
     module = importlib.util.module_from_spec(spec)
     sys.modules[module.__name__] = module  # dataclasses look their module up there
-    spec.loader.exec_module(module)
+    # Not by the loader: its bytecode cache takes a file edited within a second for the old one.
+    exec(compile(path.read_bytes(), str(path), "exec"), module.__dict__)
     missing = [name for name in ("task", "train", "queries") if not hasattr(module, name)]
     if missing:
         raise FormatError(
