@@ -9,8 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from forebear.data import Data, batch_length
@@ -19,7 +18,7 @@ from forebear.progress import track
 from forebear.task import Loss, per_example, state_hash
 from forebear.training.recipe import Recipe, name_of
 from forebear.training.subsets import subset_masks
-from forebear.types import Provenance, Scores, read_json, write_json
+from forebear.types import Provenance, Scores, read_json, read_tensors, write_json
 
 Trainer = Recipe | Callable[[Tensor, int], nn.Module]
 """A recipe, or any `(subset, seed) -> model` with a boolean mask `[n]` as subset."""
@@ -174,7 +173,7 @@ class GroundTruth:
             FormatError: a file is missing or damaged.
         """
         facts = read_json(Path(folder) / "truth.json")
-        tensors = _read_tensors(Path(folder) / "truth.safetensors")
+        tensors = read_tensors(Path(folder) / "truth.safetensors")
         read: dict[str, Any] = {k: v for k, v in facts.items() if k in cls.__dataclass_fields__}
         try:
             return cls(**{**read, **tensors, "seeds": tuple(facts["seeds"])})
@@ -271,7 +270,7 @@ class _Work:
                 )
 
     def _stored(self, path: Path, members: int) -> Tensor:
-        outcomes = _read_tensors(path).get("outcomes")
+        outcomes = read_tensors(path).get("outcomes")
         if outcomes is None or outcomes.shape != (members, len(self.queries)):
             raise FormatError(f"{path} is damaged: delete it and it is made again")
         return outcomes
@@ -289,12 +288,3 @@ def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
     partial = path.with_suffix(".partial")
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial)
     partial.replace(path)
-
-
-def _read_tensors(path: Path) -> dict[str, Tensor]:
-    try:
-        return load_file(path)
-    except FileNotFoundError:
-        raise FormatError(f"{path} does not exist") from None
-    except (SafetensorError, OSError) as error:
-        raise FormatError(f"{path} is damaged: {error}") from error
