@@ -12,7 +12,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from forebear.blocks import Block
+from forebear.blocks import Block, Plan
 from forebear.capture import Gradients
 from forebear.errors import TaskError
 from forebear.layers import Factors, is_one
@@ -129,6 +129,15 @@ def add_products(out: Tensor, side: QuerySide, train: list[Factors], block: Bloc
                 _add_ghost_products(out, query, narrow)
             else:
                 _add_stacked_products(out, query, narrow, side.stacked)
+
+
+def products(sides: dict[str, QuerySide], train: Gradients, plan: Plan) -> Tensor:
+    """Inner products of all queries and training gradients, summed over blocks, `[q, b]`."""
+    like = next(iter(train.values()))[0].right
+    out = like.new_zeros(len(next(iter(sides.values()))), len(like))
+    for name, block in plan.blocks.items():
+        add_products(out, sides[name], train[name], block)
+    return out
 
 
 def cast(term: Factors, dtype: torch.dtype) -> Factors:

@@ -12,11 +12,10 @@ from forebear.blocks import Plan
 from forebear.capture import Function, Gradients
 from forebear.curvature.base import GradientStream
 from forebear.curvature.damping import Damping
-from forebear.curvature.identity import empty_products
 from forebear.curvature.moments import add_gram, symmetric
 from forebear.data import map_tensors, naming, require_finite
 from forebear.errors import NumericalWarning, TaskError
-from forebear.gradients import Precision, QuerySide, add_products, materialise
+from forebear.gradients import Precision, QuerySide, materialise, products
 from forebear.layers import vector
 from forebear.types import require_choices
 
@@ -206,10 +205,7 @@ class FittedDense:
 
     def products(self, prepared: dict[str, QuerySide], train: Gradients) -> Tensor:
         """Inner products of all pairs, `[q, b]`."""
-        out = empty_products(prepared, train)
-        for name, block in self.plan.blocks.items():
-            add_products(out, prepared[name], train[name], block)
-        return out
+        return products(prepared, train, self.plan)
 
     def squared_norms(self, gradients: Gradients) -> Tensor:
         """`gᵀ (C + λI)⁻¹ g`, `[b]`."""

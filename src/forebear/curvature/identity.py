@@ -12,9 +12,9 @@ from forebear.curvature.damping import Damping
 from forebear.gradients import (
     Precision,
     QuerySide,
-    add_products,
     positions_of,
     prefers_matrix,
+    products,
     query_side,
     squared_norms,
 )
@@ -70,10 +70,7 @@ class FittedIdentity:
 
     def products(self, prepared: dict[str, QuerySide], train: Gradients) -> Tensor:
         """Inner products of all pairs, `[q, b]`."""
-        out = empty_products(prepared, train)
-        for name, block in self.plan.blocks.items():
-            add_products(out, prepared[name], train[name], block)
-        return out
+        return products(prepared, train, self.plan)
 
     def squared_norms(self, gradients: Gradients) -> Tensor:
         """Squared Euclidean norms, `[b]`."""
@@ -87,9 +84,3 @@ class FittedIdentity:
     def damping_used(self) -> dict[str, float]:
         """None is added."""
         return {}
-
-
-def empty_products(sides: dict[str, QuerySide], train: Gradients) -> Tensor:
-    """Zeros `[q, b]` of the gradients' type."""
-    like = next(iter(train.values()))[0].right
-    return like.new_zeros(len(next(iter(sides.values()))), len(like))
