@@ -3,6 +3,7 @@
 import hashlib
 import math
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import cached_property
 from typing import Any
@@ -16,6 +17,10 @@ from forebear.errors import DataError, NonFiniteError
 
 Batch = Any
 """Whatever the loss takes: a tuple or a dict of tensors whose first axis is the example."""
+
+
+HASH_BYTES = 2**22
+"""Tensors longer than this are fingerprinted in parts of so many bytes."""
 
 
 class Data:
@@ -203,7 +208,15 @@ def _columns(dataset: Any) -> Any:
 def _hash_tensor(digest: Any, tensor: Tensor) -> None:
     tensor = tensor.detach().cpu().contiguous()
     digest.update(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
-    digest.update(tensor.view(-1).view(torch.uint8).numpy())
+    content = tensor.view(-1).view(torch.uint8).numpy()
+    if len(content) <= HASH_BYTES:
+        digest.update(content)
+        return
+    # Long tensors are hashed in parts, side by side: hashlib lets other threads run.
+    parts = [content[i : i + HASH_BYTES] for i in range(0, len(content), HASH_BYTES)]
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+        for part in pool.map(lambda part: hashlib.sha256(part).digest(), parts):
+            digest.update(part)
 
 
 def _hash_any(digest: Any, item: Any) -> None:

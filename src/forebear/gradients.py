@@ -145,6 +145,8 @@ def cast(term: Factors, dtype: torch.dtype) -> Factors:
     if term.right.dtype == dtype:
         return term
     left = term.left.to(dtype) if term.left.is_floating_point() else term.left
+    if is_one(term.right):  # stays the one that takes no memory
+        return Factors(left, left.new_ones(1, 1, 1).expand(len(left), 1, 1))
     return Factors(left, term.right.to(dtype))
 
 

@@ -116,8 +116,8 @@ def test_a_tensor_sketch_is_a_count_sketch_of_the_written_out_gradient() -> None
         written = torch.cat([grads[f"{name}.weight"], grads[f"{name}.bias"][:, :, None]], 2)
         for i in range(written.shape[1]):
             for j in range(written.shape[2]):
-                bucket = int(hashed.rows[i] + hashed.cols[j]) % 32
-                sign = int(hashed.row_signs[i] * hashed.col_signs[j])
+                bucket = int(hashed.rows.buckets[i] + hashed.cols.buckets[j]) % 32
+                sign = int(hashed.rows.signs[i] * hashed.cols.signs[j])
                 sketch[:, bucket] += sign * written[:, i, j]
     assert torch.allclose(phi @ phi.T, sketch @ sketch.T, rtol=1e-9)
 
@@ -147,10 +147,10 @@ def test_positions_and_tokens_are_sketched_by_every_route() -> None:
         if block.cols == 1:
             hashed_cols, signs = torch.zeros(1, dtype=torch.long), torch.ones(1)
         else:
-            hashed_cols, signs = hashed.cols, hashed.col_signs
-        bucket = (hashed.rows[:, None] + hashed_cols) % 64
+            hashed_cols, signs = hashed.cols.buckets, hashed.cols.signs
+        bucket = (hashed.rows.buckets[:, None] + hashed_cols) % 64
         for i in range(block.rows):
             for j in range(block.cols):
-                sign = hashed.row_signs[i] * signs[j]
+                sign = hashed.rows.signs[i] * signs[j]
                 sketch[:, bucket[i, j]] += sign * written[:, i, j]
     assert torch.allclose(phi @ phi.T, sketch @ sketch.T, rtol=1e-9)

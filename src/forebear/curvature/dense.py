@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
+from scipy.linalg import cho_solve, get_lapack_funcs
 from torch import Tensor
 
 from forebear.blocks import Plan
@@ -180,7 +181,7 @@ class FittedDense:
     def solve(self, rows: Tensor) -> Tensor:
         """`(C + λI)⁻¹` applied to each row of `[m, P]`."""
         if self.factor is not None:
-            return torch.cholesky_solve(rows.T.to(self.factor.dtype), self.factor).T.to(rows.dtype)
+            return cholesky_solve(rows.to(self.factor.dtype), self.factor).to(rows.dtype)
         assert self.vectors is not None
         assert self.inverse is not None
         return (rows @ self.vectors * self.inverse) @ self.vectors.T
@@ -238,15 +239,38 @@ def flat(gradients: Gradients, plan: Plan) -> Iterator[Tensor]:
 
 def _cholesky(matrix: Tensor, damping: float) -> Tensor:
     matrix.diagonal().add_(damping)
-    factor, failed = torch.linalg.cholesky_ex(matrix)
-    if failed:
-        factor, failed = torch.linalg.cholesky_ex(matrix.double())
-    if failed:
+    factor = cholesky_factor(matrix)
+    if factor is None:
+        factor = cholesky_factor(matrix.double())
+    if factor is None:
         raise TaskError(
             f"the curvature is singular with damping λ = {damping:.3g}: it has {len(matrix)} "
             "dimensions and fewer independent gradients; increase the damping"
         )
     return factor
+
+
+def cholesky_factor(matrix: Tensor) -> Tensor | None:
+    """Lower factor of a symmetric matrix, or None where it is not positive definite.
+
+    On a CPU by scipy, whose BLAS formed the matrix too: two libraries' threads would take turns
+    waiting for each other.
+    """
+    if matrix.device.type != "cpu":
+        factor, failed = torch.linalg.cholesky_ex(matrix)
+        return None if failed else factor
+    columns = matrix.numpy().T  # the same matrix in LAPACK's order, so that nothing is copied twice
+    (potrf,) = get_lapack_funcs(("potrf",), (columns,))
+    factor, failed = potrf(columns, lower=True, clean=True)
+    return None if failed else torch.from_numpy(factor)
+
+
+def cholesky_solve(rows: Tensor, factor: Tensor) -> Tensor:
+    """`(L Lᵀ)⁻¹` applied to each row of `[m, d]`."""
+    if rows.device.type != "cpu":
+        return torch.cholesky_solve(rows.T, factor).T
+    solved = cho_solve((factor.numpy(), True), rows.detach().numpy().T, check_finite=False)
+    return torch.from_numpy(solved).T
 
 
 def _outputs_per_example(stream: GradientStream) -> int:

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 import torch
+from scipy.linalg import get_blas_funcs
 from torch import Tensor
 
 from forebear.blocks import Block
@@ -10,7 +11,7 @@ from forebear.layers import Factors
 
 GRAM_BLOCK = 256  # narrower blocks would waste more in small products than they save
 
-MANY_ROWS = 2048
+MANY_ROWS = 1024
 
 
 @dataclass
@@ -72,27 +73,30 @@ def eigenvectors(total: Tensor, count: int) -> tuple[Tensor, Tensor | None]:
 
 
 def add_gram(total: Tensor, rows: Tensor) -> None:
-    """Add `rowsᵀ rows` to the upper blocks of `[d, d]`, or its diagonal to `[d]`.
+    """Add `rowsᵀ rows` to the upper half of `[d, d]`, or its diagonal to `[d]`.
 
-    Only blocks on and above the diagonal are formed, which saves up to half of the products;
-    `symmetric` fills in the rest at the end.
+    What is below the diagonal is not formed, or only in part, which saves up to half of the
+    products; `symmetric` fills it in at the end.
     """
     if total.ndim == 1:
         total += rows.square().sum(0)
         return
-    if len(rows) >= MANY_ROWS and rows.device.type == "cpu":
-        # numpy knows xᵀx as the symmetric product it is; for small batches its threads would
-        # only be in the way of torch's.
-        x = rows.numpy()
-        total += torch.from_numpy(x.T @ x)
+    if len(rows) >= MANY_ROWS and rows.device.type == "cpu" and rows.dtype == total.dtype:
+        # The symmetric product of the BLAS, in place; in its column order the upper half of our
+        # matrix is the lower one. For small batches its threads would be in the way of torch's.
+        x, out = rows.contiguous().numpy().T, total.numpy().T
+        (syrk,) = get_blas_funcs(("syrk",), (x,))
+        syrk(1.0, x, beta=1.0, c=out, lower=1, overwrite_c=1)
         return
     for columns in _blocks(len(total)):
         total[columns, columns.start :].addmm_(rows[:, columns].T, rows[:, columns.start :])
 
 
 def symmetric(upper: Tensor) -> Tensor:
-    """`upper` with its lower blocks filled in from the upper ones, in place."""
+    """`upper` with what is below the diagonal filled in from above it, in place."""
     for columns in _blocks(len(upper)):
+        square = upper[columns, columns]
+        square.copy_(square.triu() + square.triu(1).T)
         upper[columns.stop :, columns] = upper[columns, columns.stop :].T
     return upper
 

@@ -69,7 +69,7 @@ class KeptStream:
     plan: Plan
     features: Tensor
     weights: Tensor
-    step: int = 4096
+    step: int = 16384  # rows are views: long products cost nothing but their result
 
     def gradients(
         self, function: Function, description: str

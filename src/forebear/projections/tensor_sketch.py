@@ -7,14 +7,22 @@ sums, and inner products are kept (Parseval), so no inverse transform is needed.
 """
 
 from dataclasses import dataclass
+from functools import cached_property
+from typing import Self
 
 import torch
 from torch import Tensor
 
 from forebear.blocks import Block, Plan
 from forebear.capture import Gradients
-from forebear.gradients import WORKSPACE, materialise, rows_of
+from forebear.gradients import WORKSPACE, materialise, positions_of, rows_of
 from forebear.layers import Factors
+
+NARROW = 64
+"""Sides up to this size are transformed by a product with the few columns they touch."""
+
+CACHED = 2**19
+"""Entries of the spectra worked on at a time: a few of them stay in a core's cache."""
 
 
 @dataclass(frozen=True)
@@ -34,30 +42,75 @@ class TensorSketch:
 
 
 @dataclass(frozen=True)
+class SideHash:
+    """Buckets `[size]` and signs `[size]` (±1) of one side of a block."""
+
+    buckets: Tensor
+    signs: Tensor
+    dimension: int
+
+    @classmethod
+    def draw(cls, size: int, dimension: int, generator: torch.Generator, *, spread: bool) -> Self:
+        """Random signs, and random buckets when `spread`.
+
+        Two entries of an outer product meet where the differences of their buckets agree, so it is
+        enough that one side is spread; the other lies in order and needs no scattering. Sizes up to
+        the dimension get distinct buckets: the side itself is then sketched without collisions.
+        """
+        if size > dimension:
+            buckets = torch.randint(dimension, (size,), generator=generator)
+        elif spread:
+            buckets = torch.randperm(dimension, generator=generator)[:size]
+        else:
+            buckets = torch.arange(size)
+        return cls(buckets, torch.randint(2, (size,), generator=generator) * 2 - 1, dimension)
+
+    @cached_property
+    def in_order(self) -> bool:
+        """Whether bucket i belongs to entry i."""
+        return bool((self.buckets == torch.arange(len(self.buckets))).all())
+
+    def spectrum(self, factor: Tensor) -> Tensor:
+        """Real Fourier transform of the count sketch of the last axis, `[b, t, k // 2 + 1]`."""
+        if len(self.buckets) <= NARROW:
+            waves = factor @ self._waves.to(factor)
+            return torch.view_as_complex(waves.unflatten(-1, (-1, 2)))
+        signed = factor * self.signs.to(factor)
+        if self.in_order:
+            return torch.fft.rfft(signed, n=self.dimension)
+        sketch = factor.new_zeros(*factor.shape[:2], self.dimension)
+        return torch.fft.rfft(sketch.index_add_(2, self.buckets.to(factor.device), signed))
+
+    @cached_property
+    def _waves(self) -> Tensor:
+        """The transform of each entry's bucket, real and imaginary parts in turn, `[size, k + 2]`.
+
+        The angle is reduced as an integer, so that single precision loses nothing.
+        """
+        frequency = torch.arange(self.dimension // 2 + 1)
+        turns = (self.buckets[:, None] * frequency % self.dimension).double() / self.dimension
+        angle = -2 * torch.pi * turns
+        waves = torch.stack([angle.cos(), angle.sin()], -1) * self.signs[:, None, None]
+        return waves.flatten(1)
+
+
+@dataclass(frozen=True)
 class BlockHash:
     """Buckets and signs of a block's rows and columns."""
 
     block: Block
-    rows: Tensor  # [rows] bucket
-    row_signs: Tensor  # [rows] ±1
-    cols: Tensor  # [cols]
-    col_signs: Tensor
+    rows: SideHash
+    cols: SideHash
 
     @classmethod
-    def draw(cls, block: Block, dimension: int, generator: torch.Generator) -> "BlockHash":
-        """Independent hashes; sizes below the dimension get distinct buckets."""
-
-        def side(size: int) -> tuple[Tensor, Tensor]:
-            if size <= dimension:
-                # Without collisions a side is sketched exactly; the pair still spreads.
-                bucket = torch.randperm(dimension, generator=generator)[:size]
-            else:
-                bucket = torch.randint(dimension, (size,), generator=generator)
-            return bucket, torch.randint(2, (size,), generator=generator) * 2 - 1
-
-        rows, row_signs = side(block.rows)
-        cols, col_signs = side(block.cols)
-        return cls(block, rows, row_signs, cols, col_signs)
+    def draw(cls, block: Block, dimension: int, generator: torch.Generator) -> Self:
+        """Independent hashes; the narrower side is the one that is spread."""
+        narrow = block.rows <= block.cols or block.cols == 1
+        return cls(
+            block,
+            SideHash.draw(block.rows, dimension, generator, spread=narrow),
+            SideHash.draw(block.cols, dimension, generator, spread=not narrow),
+        )
 
 
 @dataclass(frozen=True)
@@ -69,6 +122,17 @@ class PreparedTensorSketch:
 
     def features(self, gradients: Gradients) -> Tensor:
         """Projected gradients, `[b, dimension]`, in an orthonormal real frequency basis."""
+        (first, *_), *_ = gradients.values()
+        longest = max(positions_of(terms) for terms in gradients.values())
+        step = max(16, CACHED // (self.dimension * max(1, longest)))
+        parts = []
+        for start in range(0, len(first.right), step):
+            rows = slice(start, start + step)
+            few = {name: rows_of(terms, rows) for name, terms in gradients.items()}
+            parts.append(self._features(few))
+        return torch.cat(parts)
+
+    def _features(self, gradients: Gradients) -> Tensor:
         spectrum: Tensor | None = None
         time: Tensor | None = None
         for name, hashed in self.hashes.items():
@@ -87,16 +151,11 @@ class PreparedTensorSketch:
 
     def _convolved(self, term: Factors, hashed: BlockHash) -> Tensor:
         """Spectrum of a term from the spectra of its factors, `[b, k // 2 + 1]`."""
-        left = torch.fft.rfft(self._sketch(term.left, hashed.rows, hashed.row_signs))
+        left = hashed.rows.spectrum(term.left)
         if hashed.block.cols == 1:
             return left.sum(1)  # the right factor is one: a shift would change no inner product
-        right = torch.fft.rfft(self._sketch(term.right, hashed.cols, hashed.col_signs))
+        right = hashed.cols.spectrum(term.right)
         return left.mul_(right).sum(1) if left.shape[1] > 1 else left.mul_(right)[:, 0]
-
-    def _sketch(self, factor: Tensor, buckets: Tensor, signs: Tensor) -> Tensor:
-        """Count sketch of the last axis, `[b, t, k]`."""
-        out = factor.new_zeros(*factor.shape[:2], self.dimension)
-        return out.index_add_(2, buckets.to(factor.device), factor * signs.to(factor))
 
     def _scattered(self, term: Factors, hashed: BlockHash) -> Tensor:
         """The same sketch entry by entry, `[b, k]`."""
@@ -104,12 +163,13 @@ class PreparedTensorSketch:
         size = len(right)
         out = right.new_zeros(size, self.dimension)
         if not left.is_floating_point():
-            rows, row_signs = hashed.rows.to(left.device), hashed.row_signs.to(right)
-            bucket = (rows[left][:, :, None] + hashed.cols.to(left.device)) % self.dimension
-            value = right * row_signs[left][:, :, None] * hashed.col_signs.to(right)
+            rows, row_signs = hashed.rows.buckets.to(left.device), hashed.rows.signs.to(right)
+            cols = hashed.cols.buckets.to(left.device)
+            bucket = (rows[left][:, :, None] + cols) % self.dimension
+            value = right * row_signs[left][:, :, None] * hashed.cols.signs.to(right)
             return out.scatter_add_(1, bucket.flatten(1), value.flatten(1))
-        bucket = (hashed.rows[:, None] + hashed.cols).flatten() % self.dimension
-        signs = (hashed.row_signs[:, None] * hashed.col_signs).flatten().to(right)
+        bucket = (hashed.rows.buckets[:, None] + hashed.cols.buckets).flatten() % self.dimension
+        signs = (hashed.rows.signs[:, None] * hashed.cols.signs).flatten().to(right)
         step = max(1, WORKSPACE // hashed.block.size)
         for start in range(0, size, step):
             rows = slice(start, start + step)
@@ -128,7 +188,10 @@ def _convolves(term: Factors, block: Block) -> bool:
 def _real(spectrum: Tensor, dimension: int) -> Tensor:
     """A real spectrum as `dimension` real numbers with the same inner products."""
     half = dimension // 2
-    middle = spectrum[:, 1:half]
-    ends = torch.stack([spectrum[:, 0].real, spectrum[:, half].real], 1)
-    rest = torch.view_as_real(middle.contiguous()).flatten(1).mul_(2**0.5)
-    return torch.cat([ends, rest], 1).div_(dimension**0.5)
+    parts = torch.view_as_real(spectrum)
+    out = parts.new_empty(len(spectrum), dimension)
+    out[:, 0], out[:, 1] = parts[:, 0, 0], parts[:, half, 0]
+    out[:, :2] *= dimension**-0.5
+    # The other frequencies stand for their conjugates too.
+    torch.mul(parts[:, 1:half], (2 / dimension) ** 0.5, out=out[:, 2:].unflatten(1, (-1, 2)))
+    return out
