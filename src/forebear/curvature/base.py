@@ -70,8 +70,8 @@ class FittedCurvature(Protocol):
         """The fitted state, to be saved."""
         ...
 
-    def damping_used(self) -> dict[str, float]:
-        """λ of each block."""
+    def details(self) -> dict[str, Any]:
+        """What belongs into the record: `damping_used` by block, a solver's residual."""
         ...
 
 
@@ -84,6 +84,8 @@ class Curvature(Protocol):
         """Estimate C from the gradients of `function` over a stream."""
         ...
 
-    def restore(self, plan: Plan, tensors: dict[str, Tensor]) -> FittedCurvature:
-        """The fitted curvature that was saved as `tensors`."""
+    def restore(
+        self, stream: GradientStream, function: Function, tensors: dict[str, Tensor]
+    ) -> FittedCurvature:
+        """The fitted curvature that was saved as `tensors`; it may go over the data again."""
         ...

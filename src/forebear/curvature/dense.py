@@ -1,7 +1,6 @@
 """Dense curvature over all blocks together: exact, for few parameters or projected gradients."""
 
 import warnings
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -10,14 +9,14 @@ from scipy.linalg import cho_solve, get_lapack_funcs
 from torch import Tensor
 
 from forebear.blocks import Plan
-from forebear.capture import Function, Gradients
+from forebear.capture import Function
 from forebear.curvature.base import GradientStream
 from forebear.curvature.damping import Damping
 from forebear.curvature.moments import add_gram, symmetric
+from forebear.curvature.solved import Solved, flat
 from forebear.data import map_tensors, naming, require_finite
 from forebear.errors import NumericalWarning, TaskError
-from forebear.gradients import Precision, QuerySide, materialise, products
-from forebear.layers import vector
+from forebear.gradients import Precision
 from forebear.types import require_choices
 
 LARGEST = 20_000
@@ -69,10 +68,12 @@ class Dense:
         factor = _cholesky(matrix, value)
         return FittedDense(stream.plan, value, factor=factor, precision=self.precision)
 
-    def restore(self, plan: Plan, tensors: dict[str, Tensor]) -> "FittedDense":
+    def restore(
+        self, stream: GradientStream, function: Function, tensors: dict[str, Tensor]
+    ) -> "FittedDense":
         """From the saved factorisation."""
         return FittedDense(
-            plan,
+            stream.plan,
             tensors["damping"].item(),
             factor=tensors.get("factor"),
             vectors=tensors.get("vectors"),
@@ -168,7 +169,7 @@ class Dense:
 
 
 @dataclass(frozen=True)
-class FittedDense:
+class FittedDense(Solved):
     """`(C + λI)⁻¹` as a Cholesky factor, or as eigenvectors and inverse eigenvalues."""
 
     plan: Plan
@@ -186,32 +187,6 @@ class FittedDense:
         assert self.inverse is not None
         return (rows @ self.vectors * self.inverse) @ self.vectors.T
 
-    def query_bytes(self, query: Gradients, queries: int) -> int:
-        """One dense gradient."""
-        return 4 * sum(block.size for block in self.plan.blocks.values())
-
-    def prepare(self, queries: Gradients) -> dict[str, QuerySide]:
-        """Solved queries, cut into blocks."""
-        solved = self.solve(torch.cat(list(flat(queries, self.plan))))
-        sides = {}
-        pieces = solved.split([block.size for block in self.plan.blocks.values()], 1)
-        for (name, block), piece in zip(self.plan.blocks.items(), pieces, strict=True):
-            if block.cols == 1:
-                sides[name] = QuerySide(terms=[vector(piece.contiguous())])
-            else:
-                sides[name] = QuerySide(matrix=piece.reshape(-1, block.rows, block.cols))
-        if self.precision == "bfloat16":
-            sides = {name: side.to(torch.bfloat16) for name, side in sides.items()}
-        return sides
-
-    def products(self, prepared: dict[str, QuerySide], train: Gradients) -> Tensor:
-        """Inner products of all pairs, `[q, b]`."""
-        return products(prepared, train, self.plan)
-
-    def squared_norms(self, gradients: Gradients) -> Tensor:
-        """`gᵀ (C + λI)⁻¹ g`, `[b]`."""
-        return torch.cat([(self.solve(g) * g).sum(1) for g in flat(gradients, self.plan)])
-
     def tensors(self) -> dict[str, Tensor]:
         """The factorisation."""
         parts = {
@@ -222,19 +197,9 @@ class FittedDense:
         }
         return {key: value for key, value in parts.items() if value is not None}
 
-    def damping_used(self) -> dict[str, float]:
+    def details(self) -> dict[str, Any]:
         """One λ for all."""
-        return {"all": self.damping}
-
-
-def flat(gradients: Gradients, plan: Plan) -> Iterator[Tensor]:
-    """Gradients written out over all blocks, `[c, P]`."""
-    if len(plan.blocks) == 1:  # projected gradients are as they should be
-        (name, block), *_ = plan.blocks.items()
-        yield materialise(gradients[name], block).flatten(1)
-        return
-    blocks = plan.blocks.items()
-    yield torch.cat([materialise(gradients[name], block).flatten(1) for name, block in blocks], 1)
+        return {"damping_used": {"all": self.damping}}
 
 
 def _cholesky(matrix: Tensor, damping: float) -> Tensor:

@@ -1,6 +1,7 @@
 """No curvature: the Euclidean inner product of gradients."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -40,9 +41,11 @@ class Identity:
         """Nothing is estimated: no pass over the data."""
         return FittedIdentity(stream.plan, self.precision)
 
-    def restore(self, plan: Plan, tensors: dict[str, Tensor]) -> "FittedIdentity":
+    def restore(
+        self, stream: GradientStream, function: Function, tensors: dict[str, Tensor]
+    ) -> "FittedIdentity":
         """Nothing was saved."""
-        return FittedIdentity(plan, self.precision)
+        return FittedIdentity(stream.plan, self.precision)
 
 
 @dataclass(frozen=True)
@@ -81,6 +84,6 @@ class FittedIdentity:
         """Nothing."""
         return {}
 
-    def damping_used(self) -> dict[str, float]:
-        """None is added."""
+    def details(self) -> dict[str, Any]:
+        """No damping is added."""
         return {}

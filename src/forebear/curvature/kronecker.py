@@ -13,7 +13,7 @@ that carry no weight are dropped. `rank=None` contracts exactly instead.
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -101,10 +101,12 @@ class Kronecker:
         used = {name: damping.value(values.mean().item()) for name, values in eigenvalues.items()}
         return self._fitted(stream.plan, bases, eigenvalues, used)
 
-    def restore(self, plan: Plan, tensors: dict[str, Tensor]) -> "FittedKronecker":
+    def restore(
+        self, stream: GradientStream, function: Function, tensors: dict[str, Tensor]
+    ) -> "FittedKronecker":
         """From saved bases, eigenvalues and damping."""
         bases, eigenvalues, used = {}, {}, {}
-        for name, block in plan.blocks.items():
+        for name, block in stream.plan.blocks.items():
             parts = {
                 key.rpartition("/")[2]: value
                 for key, value in tensors.items()
@@ -119,7 +121,7 @@ class Kronecker:
                 parts["positions"].item(),
             )
             eigenvalues[name], used[name] = parts["eigenvalues"], parts["damping"].item()
-        return self._fitted(plan, bases, eigenvalues, used)
+        return self._fitted(stream.plan, bases, eigenvalues, used)
 
     def _function(self, stream: GradientStream, function: Function, seed: int) -> Function:
         if self.targets == "empirical":
@@ -316,9 +318,9 @@ class FittedKronecker:
             out |= {f"{name}/{key}": value for key, value in parts.items() if value is not None}
         return out
 
-    def damping_used(self) -> dict[str, float]:
+    def details(self) -> dict[str, Any]:
         """λ of each block."""
-        return {name: block.damping for name, block in self.blocks.items()}
+        return {"damping_used": {name: block.damping for name, block in self.blocks.items()}}
 
 
 def _all_floating(terms: list[Factors]) -> bool:

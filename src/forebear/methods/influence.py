@@ -80,7 +80,7 @@ class Influence:
     def restore(self, task: Task, train: Data, tensors: dict[str, Tensor]) -> "FittedInfluence":
         """From saved tensors."""
         fitted = self._unfitted(task, train, BATCH)
-        for i in range(len(fitted.moments)):
+        for i, checkpoint in enumerate(fitted.moments):
             parts = {
                 key.removeprefix(f"{i}:"): value
                 for key, value in tensors.items()
@@ -90,8 +90,13 @@ class Influence:
             if features is not None and weights is not None:
                 fitted.keep(features, weights)
             else:
-                fitted.open_training(i)
-            fitted.curvatures.append(self.curvature.restore(fitted.feature_plan, parts))
+                with fitted.task.at(checkpoint):
+                    fitted.open_training(i)
+            with fitted.task.at(checkpoint):
+                restored = self.curvature.restore(
+                    fitted.training[i], fitted.training_function(), parts
+                )
+            fitted.curvatures.append(restored)
         return fitted
 
     def _unfitted(self, task: Task, data: Data, batch_size: int) -> "FittedInfluence":
@@ -148,9 +153,10 @@ class FittedInfluence(Fitted):
     def details(self) -> dict[str, Any]:
         """Damping used, parameters of the fallback, and parameters that were not seen."""
         found: dict[str, Any] = {}
-        used = [fit.damping_used() for fit in self.curvatures]
-        if any(used):
-            found["damping_used"] = used if len(used) > 1 else used[0]
+        each = [fit.details() for fit in self.curvatures]
+        for key in each[0] if each else ():
+            values = [one[key] for one in each]
+            found[key] = values if len(values) > 1 else values[0]
         if self.plan.fallback:
             found["differentiated_one_by_one"] = list(self.plan.fallback)
         if self.plan.unseen:

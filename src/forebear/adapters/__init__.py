@@ -1,0 +1,1 @@
+"""Models of other libraries, explained with the names those libraries use."""

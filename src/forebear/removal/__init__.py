@@ -1,0 +1,1 @@
+"""What a model would be without some of its training examples."""
