@@ -17,7 +17,7 @@ from forebear.errors import DataError
 from forebear.run import DatasetFacts, Interval, MethodResult, Run, top_path
 from forebear.types import Provenance, Scores
 
-COMMANDS = ["demo", "attribute", "top", "evaluate", "report", "methods", "doctor"]
+COMMANDS = ["demo", "attribute", "top", "evaluate", "report", "study", "methods", "doctor"]
 
 
 def forebear(*arguments: str) -> Result:
@@ -183,6 +183,42 @@ def test_demo_and_evaluate_print_the_table_of_the_run(
     for part in ("EK-FAC", "12×", "0.43", "0.40 to 0.46"):
         assert part in text
     assert "0.40 to 0.46" in forebear("evaluate", str(run_folder)).stdout
+
+
+def test_study_prints_tables_and_findings_in_sentences(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    from forebear.studies.base import Finding, StudyResult, Table
+
+    calls: list[tuple] = []
+
+    def run(name: str, out: Path, **options: object) -> StudyResult:
+        calls.append((name, out, options))
+        return StudyResult(
+            name=name,
+            title="A study",
+            settings={},
+            tables=[
+                Table("a", "Shown", ("method", "cosine"), [("GradDot", 0.5)], "How to read it."),
+                Table("b", "Only written", ("x",), [(1,)], shown=False),
+            ],
+            findings=[Finding("Water is wet.", "wet", "damp", False)],
+        )
+
+    stand_in(monkeypatch, "forebear.studies", run=run)
+    text = forebear("study", "final-model", "--task", "digits", "--quick", "--threads", "1").stdout
+    options = {"quick": True, "seed": 0, "threads": 1, "task": "digits"}
+    assert calls == [("final-model", Path("runs/study-final-model-digits"), options)]
+    for part in ("A study", "Shown", "GradDot", "0.500", "How to read it."):
+        assert part in text
+    assert "Only written" not in text
+    assert "Water is wet. Expected: wet. Measured: damp. This does not hold." in text
+    forebear("study", "removal", "--out", str(tmp_path), "--seed", "3")
+    assert calls[1] == ("removal", tmp_path, {"quick": False, "seed": 3, "threads": None})
+
+
+def test_an_unknown_study_is_refused() -> None:
+    assert "did you mean 'hessians'" in refused("study", "hessian")
 
 
 def test_an_error_has_a_traceback_only_on_request(monkeypatch: pytest.MonkeyPatch) -> None:

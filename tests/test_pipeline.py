@@ -369,7 +369,18 @@ def test_wrong_use_is_one_sentence(tmp_path: Path, arguments: tuple, message: st
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
 
-@pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.py")), ids=lambda path: path.stem)
+SCRIPTS = [path for path in sorted(EXAMPLES.glob("*.py")) if "__main__" in path.read_text()]
+TASKS = [path for path in sorted(EXAMPLES.glob("*.py")) if path not in SCRIPTS]
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.stem)
+def test_the_scripts_run_by_themselves(path: Path) -> None:
+    pytest.importorskip("pandas")
+    answer = subprocess.run([sys.executable, path], capture_output=True, text=True, check=True)
+    assert len(answer.stdout.splitlines()) > 10
+
+
+@pytest.mark.parametrize("path", TASKS, ids=lambda path: path.stem)
 def test_the_examples_run_as_written_and_twice_the_same(path: Path, tmp_path: Path) -> None:
     if path.stem == "language":
         pytest.importorskip("transformers")

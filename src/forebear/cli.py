@@ -16,12 +16,15 @@ from forebear.errors import ForebearError
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from forebear.studies import StudyResult
+
 INTERRUPTED = 130
 FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
 CORE = ["torch", "numpy", "scipy", "safetensors", "pyarrow", "jinja2", "pillow", "typer", "rich"]
 OPTIONAL = {
     "scikit-learn": ("sklearn", "the digits of the demo, scikit-learn models"),
     "transformers": ("transformers", "language models"),
+    "matplotlib": ("matplotlib", "figures of studies"),
     "diffusers": ("diffusers", "diffusion models"),
     "sentence-transformers": ("sentence_transformers", "text embeddings"),
     "faiss-cpu": ("faiss", "search in large stores"),
@@ -239,6 +242,45 @@ def report(
         webbrowser.open(path.resolve().as_uri())
 
 
+@app.command(
+    epilog=_examples(
+        "forebear study final-model",
+        "forebear study final-model --task digits --out runs/digits",
+        "forebear study removal --quick",
+    )
+)
+def study(
+    name: Annotated[str, typer.Argument(metavar="STUDY", help="final-model, hessians or removal.")],
+    task: Annotated[
+        str | None,
+        typer.Option(help="For final-model: breast_cancer, diabetes, digits, text or a FILE.py."),
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder to write; runs/study-... when left out.")
+    ] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Smaller, to see what it does.")] = False,
+    seed: Annotated[int, typer.Option(help="Seed of everything that is drawn.")] = 0,
+    threads: Annotated[
+        int | None, typer.Option(min=1, help="Threads to compute with; all when left out.")
+    ] = None,
+) -> None:
+    """Run a study: compare methods with what really happens, as tables, figures and a page.
+
+    Stopped halfway, the same command resumes.
+    """
+    from forebear.progress import progress
+    from forebear.studies import run
+
+    options: dict[str, Any] = {"quick": quick, "seed": seed, "threads": threads}
+    if task is not None:
+        options["task"] = task
+    stem = Path(task).stem if task is not None else None
+    folder = out or Path("runs") / "-".join(part for part in ("study", name, stem) if part)
+    with progress():
+        result = run(name, folder, **options)
+    _print_study(result, folder)
+
+
 @app.command(epilog=_examples("forebear methods", "forebear methods --json"))
 def methods(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
@@ -373,6 +415,21 @@ def _print_results(folder: Path) -> None:
     print("AUC: how well self-influence finds the flipped labels; 0.5 is guessing")
     if (folder / "report.html").is_file():
         print(f"page: {folder / 'report.html'}")
+
+
+def _print_study(result: "StudyResult", folder: Path) -> None:
+    print(result.title)
+    for table in result.tables:
+        if table.shown:
+            print(f"\n{table.title}")
+            _print_table(list(table.columns), table.texts(), right=table.numeric)
+            if table.note:
+                print(table.note)
+    if result.findings:
+        print("\nFindings")
+    for finding in result.findings:
+        print(f"- {finding.sentence()}")
+    print(f"\npage: {folder / 'report.html'}")
 
 
 def _installed(package: str) -> str | None:

@@ -14,13 +14,37 @@ import forebear as fb
 from forebear.methods import METHODS
 
 N, Q = 50, 6
-OPTIONS: dict[str, dict[str, Any]] = {"trak": {"dimension": 32, "damping": 0.1}}
+OPTIONS: dict[str, dict[str, Any]] = {
+    "trak": {"dimension": 32, "damping": 0.1},
+    "newton_step": {"damping": 0.3},
+    "arnoldi": {"damping": 0.5},
+    "nystrom": {"damping": 0.5},
+    "relatif": {"curvature": "gauss_newton", "damping": 5.0},
+    "cg": {"damping": 0.5, "tolerance": 1e-10},
+    "ekfac_cg": {"damping": 0.5, "tolerance": 1e-10},
+    "lissa": {"damping": 0.5, "tolerance": 1e-10, "depth": 20_000},
+    # Whole batches, so that the order of the training examples plays no part.
+    "further_training": {"learning_rate": 0.2, "epochs": 20, "batch_size": N, "seeds": 1},
+    "unrolled": {"learning_rate": 0.2, "epochs": 20, "batch_size": N},
+}
 GRADIENT = [name for name in METHODS if name not in ("random", "similarity")]
 LOSS = fb.losses.cross_entropy
 
 
 def get(name: str) -> Any:
     return fb.get(name, **OPTIONS.get(name, {}))
+
+
+def untrained() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 2)).double()
+
+
+OPTIONS["leave_one_out"] = {
+    "recipe": fb.Recipe(
+        untrained, LOSS, learning_rate=0.2, weight_decay=1e-3, epochs=60, batch_size=N
+    )
+}
 
 
 def two_gaussians(n: int, seed: int) -> tuple[Tensor, Tensor]:
@@ -31,8 +55,7 @@ def two_gaussians(n: int, seed: int) -> tuple[Tensor, Tensor]:
 
 
 def trained(train: tuple[Tensor, Tensor]) -> nn.Module:
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 2)).double()
+    model = untrained()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.2, weight_decay=1e-3)
     for _ in range(60):
         optimizer.zero_grad()
@@ -49,7 +72,7 @@ MODEL = trained(TRAIN)
 def test_batch_size_and_order_of_queries_change_no_score(name: str) -> None:
     task = fb.Task(MODEL, LOSS)
     whole = get(name).fit(task, TRAIN).score(QUERIES).values
-    if name in ("kfac", "ekfac"):  # targets are drawn batch by batch
+    if name in ("kfac", "ekfac", "diagonal"):  # targets are drawn batch by batch
         whole = get_deterministic(name).fit(task, TRAIN).score(QUERIES).values
     small = get_deterministic(name).fit(task, TRAIN, batch_size=7).score(QUERIES).values
     assert torch.allclose(whole, small, rtol=1e-6, atol=1e-9)
@@ -61,7 +84,7 @@ def test_batch_size_and_order_of_queries_change_no_score(name: str) -> None:
 
 
 def get_deterministic(name: str) -> Any:
-    return fb.get(name, targets="empirical") if name in ("kfac", "ekfac") else get(name)
+    return fb.get(name, targets="empirical") if name in ("kfac", "ekfac", "diagonal") else get(name)
 
 
 @pytest.mark.parametrize("name", METHODS)

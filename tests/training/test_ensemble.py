@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from forebear.errors import DataError, ForebearWarning, NonFiniteError, TaskError
 from forebear.tasks import losses
-from forebear.training import Ensemble, Recipe, ensemble
+from forebear.training import Ensemble, Recipe, ensemble, stacked
 
 
 @pytest.fixture(autouse=True)
@@ -56,7 +56,7 @@ OPTIMIZERS = {
 @pytest.mark.parametrize("schedule", ["constant", "cosine"])
 @pytest.mark.parametrize("options", OPTIMIZERS.values(), ids=OPTIMIZERS)
 def test_an_ensemble_equals_training_one_at_a_time(options, schedule, monkeypatch) -> None:
-    monkeypatch.setattr(ensemble, "TRACE_AFTER", 2)
+    monkeypatch.setattr(stacked, "TRACE_AFTER", 2)
     recipe = Recipe(mlp, losses.cross_entropy, epochs=4, batch_size=8, schedule=schedule, **options)
     masks = uneven_subsets()
     together = recipe.train_many(blobs(), masks, SEEDS)
@@ -67,14 +67,14 @@ def test_an_ensemble_equals_training_one_at_a_time(options, schedule, monkeypatc
 def test_the_size_of_a_chunk_changes_nothing(monkeypatch) -> None:
     recipe = Recipe(mlp, losses.cross_entropy, learning_rate=0.1, epochs=3, batch_size=8)
     one = recipe.train_many(blobs(), uneven_subsets(), 0)
-    monkeypatch.setattr(ensemble, "CHUNK", 1)
+    monkeypatch.setattr(stacked, "CHUNK", 1)
     other = recipe.train_many(blobs(), uneven_subsets(), 0)
     for name, value in one.state.items():
         torch.testing.assert_close(other.state[name], value, rtol=0, atol=1e-12)
 
 
 def test_the_loss_is_traced_once_and_not_called_at_every_step(monkeypatch) -> None:
-    monkeypatch.setattr(ensemble, "TRACE_AFTER", 20)
+    monkeypatch.setattr(stacked, "TRACE_AFTER", 20)
     calls = []
 
     def loss(model: nn.Module, batch) -> Tensor:
@@ -93,7 +93,7 @@ def test_a_model_that_cannot_be_traced_is_still_stacked(monkeypatch) -> None:
         raise RuntimeError("no trace")
 
     monkeypatch.setattr(proxy_tensor, "make_fx", refuse)
-    monkeypatch.setattr(ensemble, "TRACE_AFTER", 0)
+    monkeypatch.setattr(stacked, "TRACE_AFTER", 0)
     recipe = Recipe(mlp, losses.cross_entropy, learning_rate=0.1, epochs=2, batch_size=8)
     masks = uneven_subsets()
     together = recipe.train_many(blobs(), masks, SEEDS)
@@ -121,7 +121,7 @@ class Convolutional(nn.Module):
 
 
 def test_convolutions_tied_and_frozen_weights_equal_the_loop(monkeypatch) -> None:
-    monkeypatch.setattr(ensemble, "TRACE_AFTER", 2)
+    monkeypatch.setattr(stacked, "TRACE_AFTER", 2)
     recipe = Recipe(
         Convolutional,
         losses.cross_entropy,

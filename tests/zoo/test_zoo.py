@@ -9,8 +9,9 @@ from sklearn.datasets import load_digits
 
 from forebear import zoo
 from forebear.errors import DataError, FormatError, MissingDependencyError, UnknownNameError
-from forebear.zoo import digits, fashion_mnist
+from forebear.zoo import breast_cancer, diabetes, digits, fashion_mnist, text
 from forebear.zoo.images import flip_labels
+from forebear.zoo.tables import network, split_table
 
 
 @pytest.mark.parametrize("name", zoo.TASKS)
@@ -166,3 +167,88 @@ def test_fashion_mnist_has_its_published_size_and_balance() -> None:
     assert data.train_images.shape == (60000, 28, 28)
     assert labels.bincount().tolist() == [6000] * 10
     assert len(data.test) == 10000
+
+
+@pytest.mark.parametrize("module", [breast_cancer, diabetes])
+def test_tables_are_split_and_standardised_as_scikit_learn_does(module) -> None:
+    from sklearn.datasets import load_breast_cancer, load_diabetes
+    from sklearn.model_selection import train_test_split
+    from sklearn.preprocessing import StandardScaler
+
+    loaded = (load_breast_cancer if module is breast_cancer else load_diabetes)()
+    rows, held_out, target, _ = train_test_split(
+        loaded.data, loaded.target, test_size=0.1, random_state=0
+    )
+    scaler = StandardScaler().fit(rows)
+    data = module.load()
+    x, y = data.train.batch(slice(None))
+    np.testing.assert_allclose(x, scaler.transform(rows), atol=1e-5)
+    np.testing.assert_allclose(
+        data.test.batch(slice(None))[0], scaler.transform(held_out), atol=1e-5
+    )
+    if data.classes:
+        np.testing.assert_array_equal(y, target)
+    else:
+        np.testing.assert_allclose(y, (target - target.mean()) / target.std(), atol=1e-5)
+    assert len(data.features) == x.shape[1]
+
+
+def test_a_constant_column_is_zero_and_not_missing() -> None:
+    rows = np.column_stack([np.arange(20.0), np.full(20, 3.0)])
+    data = split_table("t", rows, np.arange(20), features="ab", queries=2)
+    assert data.train.batch(slice(None))[0][:, 1].tolist() == [0.0] * 18
+
+
+def test_more_queries_than_test_rows_are_refused() -> None:
+    with pytest.raises(DataError, match="58 queries were asked for: breast_cancer has 57"):
+        breast_cancer.load(queries=58)
+
+
+def test_an_unknown_activation_is_refused() -> None:
+    with pytest.raises(UnknownNameError, match="did you mean 'tanh'"):
+        network((2, 3, 1), "tan")  # type: ignore[arg-type]
+
+
+def test_small_networks_learn_their_tables() -> None:
+    data = breast_cancer.load()
+    model = breast_cancer.recipe(epochs=20).train(data.train)
+    inputs, labels = data.test.batch(slice(None))
+    with torch.no_grad():
+        assert float((model(inputs).argmax(1) == labels).double().mean()) > 0.9
+
+
+def test_windows_of_text_do_not_overlap_and_can_be_read() -> None:
+    from pydoc_data.topics import topics
+
+    data = text.load(train=50, queries=10, length=40)
+    assert data.train.batch(slice(None))["input_ids"].shape == (50, 40)
+    assert len(data.test) == 10
+    every = data.texts(data.train) + data.texts(data.test)
+    whole = "\n".join(" ".join(topics[name].lower().split()) for name in sorted(topics))
+    plain = [window for window in every if "~" not in window]
+    assert len(plain) > 40
+    assert all(window in whole for window in plain)
+    with pytest.raises(DataError, match="windows of 40 characters were asked for"):
+        text.load(train=10**6, length=40)
+
+
+def test_the_character_model_sees_only_what_came_before() -> None:
+    model = text.build()
+    ids = torch.randint(0, len(text.ALPHABET), (2, 20), generator=torch.Generator().manual_seed(0))
+    changed = ids.clone()
+    changed[:, 12] = (changed[:, 12] + 1) % len(text.ALPHABET)
+    before, after = model(input_ids=ids), model(input_ids=changed)
+    moved = (before - after).abs().amax((0, 2)) > 0
+    assert moved.tolist() == [12 <= place < 12 + text.CONTEXT for place in range(20)]
+
+
+def test_the_character_model_learns_more_than_frequencies() -> None:
+    data = text.load(train=300, queries=30)
+    recipe = text.recipe(epochs=30)
+    model = recipe.train(data.train)
+    everything = data.train.batch(slice(None))["input_ids"]
+    shares = torch.bincount(everything.flatten(), minlength=len(text.ALPHABET)) + 1.0
+    rest = data.test.batch(slice(None))
+    frequencies = -(shares / shares.sum()).log()[rest["input_ids"][:, 1:]].mean()
+    with torch.no_grad():
+        assert float(recipe.loss(model, rest).mean()) < float(frequencies) - 0.2

@@ -11,8 +11,8 @@ value decomposition *weighted with the second moments* of the rotated factors, a
 that carry no weight are dropped. `rank=None` contracts exactly instead.
 """
 
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -20,10 +20,12 @@ from torch import Tensor
 
 from forebear.blocks import Plan
 from forebear.capture import Function, Gradients
+from forebear.curvature.accumulate import add_moments, add_squares
 from forebear.curvature.base import GradientStream
 from forebear.curvature.basis import Basis, ShortSum, is_one_hot, short_sums
-from forebear.curvature.damping import Damping
+from forebear.curvature.damping import Damping, Horizon, damped_inverse, damping_for
 from forebear.curvature.moments import FactorMoments
+from forebear.curvature.outputs import AllTargets, DrawnTargets, gradients_of_each
 from forebear.curvature.sampled import Sampled
 from forebear.errors import TaskError
 from forebear.gradients import (
@@ -51,7 +53,13 @@ class Kronecker:
     Attributes:
         corrected: measure the eigenvalues (EK-FAC) instead of multiplying the factors' (K-FAC).
         targets: `"sampled"` from the model's prediction, which gives the Gauss-Newton matrix of
-            the usual losses, or `"empirical"`: the training labels.
+            the usual losses; `"exact"`, the expectation over all targets without sampling, in a
+            backward pass for each output; or `"empirical"`: the training labels.
+        draws: targets sampled for each example.
+        sharing: what positions of an example are to the factors: a sample each (`"expand"`), or
+            parts of one, with inputs averaged and gradients summed (`"reduce"`).
+        damping_form: λ is added to the eigenvalues of the product (`"exact"`), or √λ to those of
+            each factor (`"factored"`), which only K-FAC can.
         tolerance: relative error allowed to the low-rank inverse, root mean square over pairs.
         rank: most terms of the low-rank inverse; None contracts exactly.
         precision: of the products of all pairs; `"bfloat16"` adds up in float32 and is several
@@ -59,13 +67,26 @@ class Kronecker:
     """
 
     corrected: bool = True
-    targets: Literal["sampled", "empirical"] = "sampled"
+    targets: Literal["sampled", "exact", "empirical"] = "sampled"
+    draws: int = 1
+    sharing: Literal["expand", "reduce"] = "expand"
+    damping_form: Literal["exact", "factored"] = "exact"
     tolerance: float = 0.018
     rank: int | None = 128
     precision: Precision = "float32"
 
     def __post_init__(self) -> None:
         require_choices(self)
+        if self.draws < 1 or (self.draws > 1 and self.targets != "sampled"):
+            raise TaskError(
+                f"draws is {self.draws} with targets={self.targets!r}: at least 1, and more only "
+                "of targets='sampled'"
+            )
+        if self.corrected and self.damping_form == "factored":
+            raise TaskError(
+                "damping_form='factored' damps the two factors, and EK-FAC's eigenvalues are not a "
+                "product of theirs: use 'exact', or kfac"
+            )
 
     def fit(
         self, stream: GradientStream, function: Function, damping: Damping, seed: int
@@ -74,38 +95,40 @@ class Kronecker:
 
         Where the factors of all examples fit into `KEPT_BYTES` the second pass is not needed.
         """
-        sampled = self._function(stream, function, seed)
         moments: dict[str, FactorMoments] = {}
-        kept: list[Gradients] | None = [] if self.corrected else None
+        positions = dict.fromkeys(stream.plan.blocks, 0)
+        kept: list[list[Gradients]] | None = [] if self.corrected else None
         room = KEPT_BYTES
-        for _, _, gradients in stream.gradients(sampled, "curvature factors"):
+        for several in self._gradients(stream, function, seed, "curvature factors"):
             if kept is not None:
-                kept.append(self._narrow(gradients))
+                kept.append([self._narrow(gradients) for gradients in several])
                 room -= _bytes(kept[-1])
                 kept = kept if room >= 0 else None
             for name, block in stream.plan.blocks.items():
+                terms = [gradients[name] for gradients in several]
                 if name not in moments:
-                    moments[name] = FactorMoments.start(block, gradients[name], MAX_DIMENSION)
-                moments[name].add(gradients[name])
+                    moments[name] = FactorMoments.start(block, terms[0], MAX_DIMENSION)
+                add_moments(moments[name], terms, reduce=self.sharing == "reduce")
+                positions[name] += positions_of(terms[0]) * len(terms[0][0].right)
         size = len(stream.data)
         bases = {}
         for name, block in stream.plan.blocks.items():
             bases[name] = Basis.of(block, moments.pop(name), size)  # frees the moments
+            if self.sharing == "reduce":
+                bases[name] = replace(bases[name], positions=positions[name] / size)
         if self.corrected:
             # The same targets again, so that it makes no difference whether factors were kept.
-            sampled = self._function(stream, function, seed)
-            again = (g for _, _, g in stream.gradients(sampled, "curvature eigenvalues"))
+            again = self._gradients(stream, function, seed, "curvature eigenvalues")
             eigenvalues = self._measured(again if kept is None else kept, bases, size)
         else:
             eigenvalues = {name: basis.product() for name, basis in bases.items()}
-        used = {name: damping.value(values.mean().item()) for name, values in eigenvalues.items()}
-        return self._fitted(stream.plan, bases, eigenvalues, used)
+        return self._fitted(stream, bases, eigenvalues).with_damping(damping)
 
     def restore(
         self, stream: GradientStream, function: Function, tensors: dict[str, Tensor]
     ) -> "FittedKronecker":
         """From saved bases, eigenvalues and damping."""
-        bases, eigenvalues, used = {}, {}, {}
+        bases, eigenvalues, used, inverses = {}, {}, {}, {}
         for name, block in stream.plan.blocks.items():
             parts = {
                 key.rpartition("/")[2]: value
@@ -121,20 +144,30 @@ class Kronecker:
                 parts["positions"].item(),
             )
             eigenvalues[name], used[name] = parts["eigenvalues"], parts["damping"].item()
-        return self._fitted(stream.plan, bases, eigenvalues, used)
+            inverses[name] = parts["inverse"]
+        return self._fitted(stream, bases, eigenvalues).inverted(used, inverses)
 
-    def _function(self, stream: GradientStream, function: Function, seed: int) -> Function:
-        if self.targets == "empirical":
-            return function
-        return Sampled(stream.task, seed)
+    def _gradients(
+        self, stream: GradientStream, function: Function, seed: int, description: str
+    ) -> Iterator[list[Gradients]]:
+        """Batch by batch, the gradients at each target of an example."""
+        if self.targets == "exact":
+            return gradients_of_each(stream, AllTargets(stream), description)
+        if self.draws > 1:
+            drawn = DrawnTargets(stream, self.draws, seed)
+            return gradients_of_each(stream, drawn, description)
+        if self.targets == "sampled":
+            function = Sampled(stream.task, seed)
+        return ([g] for _, _, g in stream.gradients(function, description))
 
     def _measured(
-        self, batches: Iterable[Gradients], bases: dict[str, Basis], size: int
+        self, batches: Iterable[list[Gradients]], bases: dict[str, Basis], size: int
     ) -> dict[str, Tensor]:
         totals = {name: basis.empty() for name, basis in bases.items()}
-        for gradients in batches:
+        for several in batches:
             for name, basis in bases.items():
-                basis.add_squares(totals[name], gradients[name], self.precision)
+                terms = [gradients[name] for gradients in several]
+                add_squares(basis, totals[name], terms, self.precision)
         return {name: total.div_(size) for name, total in totals.items()}
 
     def _narrow(self, gradients: Gradients) -> Gradients:
@@ -147,29 +180,78 @@ class Kronecker:
 
     def _fitted(
         self,
-        plan: Plan,
+        stream: GradientStream,
         bases: dict[str, "Basis"],
         eigenvalues: dict[str, Tensor],
-        damping: dict[str, float],
-    ) -> "FittedKronecker":
-        inverses = {}
-        for name, values in eigenvalues.items():
-            if damping[name] == 0.0 and not values.any():
+    ) -> "EigenBlocks":
+        examples = len(stream.data)
+        return EigenBlocks(
+            stream.plan,
+            bases,
+            eigenvalues,
+            examples,
+            self.rank,
+            self.tolerance,
+            self.precision,
+            factored=self.damping_form == "factored",
+        )
+
+
+@dataclass(frozen=True)
+class EigenBlocks:
+    """Bases and eigenvalues of the blocks: all that does not depend on damping."""
+
+    plan: Plan
+    bases: dict[str, Basis]
+    eigenvalues: dict[str, Tensor]
+    examples: int
+    rank: int | None = None
+    tolerance: float = 0.018
+    precision: Precision = "float32"
+    factored: bool = False
+
+    def with_damping(self, damping: Damping) -> "FittedKronecker":
+        """Inverted.
+
+        Raises:
+            TaskError: a block has neither curvature nor damping.
+        """
+        used, inverses = {}, {}
+        for name, values in self.eigenvalues.items():
+            used[name] = damping_for(damping, values, self.examples)
+            if used[name] == 0.0 and not values.any():
                 raise TaskError(
                     f"block {name!r} has no curvature (its gradients are all zero) and the damping "
                     "is zero: exclude it with layers=, or use damping=fb.Absolute(...)"
                 )
-            inverses[name] = 1.0 / (values + damping[name])
+            if not used[name] + values.min() > 0:
+                raise TaskError(
+                    f"the curvature of block {name!r} is singular (its smallest eigenvalue is "
+                    f"{values.min().item():.3g}) and the damping is zero: use damping="
+                )
+            if self.factored:
+                if isinstance(damping, Horizon) and damping.exact:
+                    raise TaskError(
+                        "damping=fb.Horizon(..., exact=True) acts on eigenvalues of the product: "
+                        "use damping_form='exact'"
+                    )
+                inverses[name] = _factored_inverse(self.bases[name], used[name])
+            else:
+                inverses[name] = damped_inverse(damping, used[name], values)
+        return self.inverted(used, inverses)
+
+    def inverted(self, used: dict[str, float], inverses: dict[str, Tensor]) -> "FittedKronecker":
+        """With known inverse eigenvalues."""
         sums: dict[str, ShortSum] = {}
         if self.rank is not None:
-            sums = short_sums(bases, inverses, self.rank, self.tolerance)
+            sums = short_sums(self.bases, inverses, self.rank, self.tolerance)
         blocks = {
             name: KroneckerBlock(
-                basis, eigenvalues[name], inverses[name], damping[name], sums.get(name)
+                basis, self.eigenvalues[name], inverses[name], used[name], sums.get(name)
             )
-            for name, basis in bases.items()
+            for name, basis in self.bases.items()
         }
-        return FittedKronecker(plan, blocks, self.precision)
+        return FittedKronecker(self.plan, blocks, self.precision, self)
 
 
 @dataclass(frozen=True)
@@ -256,6 +338,12 @@ class FittedKronecker:
     plan: Plan
     blocks: dict[str, KroneckerBlock]
     precision: Precision = "float32"
+    source: EigenBlocks | None = field(default=None, repr=False)
+
+    def with_damping(self, damping: Damping) -> "FittedKronecker":
+        """The same curvature with another damping; its eigenvectors are kept."""
+        assert self.source is not None
+        return self.source.with_damping(damping)
 
     def query_bytes(self, query: Gradients, queries: int) -> int:
         """Bytes of one prepared query."""
@@ -296,6 +384,17 @@ class FittedKronecker:
         assert out is not None
         return out
 
+    def solve(self, rows: Tensor) -> Tensor:
+        """`(C + λI)⁻¹` applied to each row of `[m, P]`, exactly."""
+        solved = []
+        pieces = rows.split([block.basis.block.size for block in self.blocks.values()], 1)
+        for piece, block in zip(pieces, self.blocks.values(), strict=True):
+            shape = block.basis.block
+            rotated = block.basis.rotate_matrix(piece.reshape(-1, shape.rows, shape.cols))
+            back = block.basis.rotate_matrix(rotated * block.inverse, back=True)
+            solved.append(back.flatten(1))
+        return torch.cat(solved, 1)
+
     def squared_norms(self, gradients: Gradients) -> Tensor:
         """`gᵀ (C + λI)⁻¹ g`, `[b]`."""
         blocks = self.blocks.items()
@@ -312,6 +411,7 @@ class FittedKronecker:
                 "left_moments": basis.left_moments,
                 "right_moments": basis.right_moments,
                 "eigenvalues": block.eigenvalues,
+                "inverse": block.inverse,
                 "positions": torch.tensor(basis.positions, dtype=torch.float64),
                 "damping": torch.tensor(block.damping, dtype=torch.float64),
             }
@@ -332,5 +432,25 @@ def _flat(terms: list[Factors]) -> bool:
     return len(terms) == 1 and terms[0].left.is_floating_point() and terms[0].left.shape[1] == 1
 
 
-def _bytes(gradients: Gradients) -> int:
-    return sum(side.nbytes for terms in gradients.values() for term in terms for side in term)
+def _factored_inverse(basis: Basis, damping: float) -> Tensor:
+    """Eigenvalues of `(S + √λ/π I)⁻¹ ⊗ (A + π√λ I)⁻¹`, `[rows, cols]`.
+
+    π² = mean eigenvalue of A / mean eigenvalue of S, after Martens & Grosse (2015), section 6.3.
+    """
+    left, right = basis.left_moments, basis.right_moments
+    tiny = torch.finfo(left.dtype).tiny
+    pi = (right.mean() / left.mean().clamp_min(tiny)).clamp_min(tiny).sqrt()
+    root = damping**0.5
+    return torch.outer(1 / (left + root / pi), 1 / (right + root * pi))
+
+
+def _bytes(several: list[Gradients]) -> int:
+    """Of all factors; those that are shared count once."""
+    sides = {
+        id(side): side.nbytes
+        for gradients in several
+        for terms in gradients.values()
+        for term in terms
+        for side in term
+    }
+    return sum(sides.values())

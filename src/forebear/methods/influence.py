@@ -6,8 +6,9 @@ gradient, curvature, projection, normalisation and checkpoints; the registered o
 each on top of this file.
 """
 
+import copy
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -18,7 +19,9 @@ from forebear.capture import Capture, Gradients
 from forebear.curvature import Curvature, Damping, FittedCurvature, Identity, as_damping
 from forebear.curvature.base import QUERY_BYTES
 from forebear.data import Data
+from forebear.errors import TaskError
 from forebear.gradients import joined
+from forebear.methods.correction import mean_gradient, moved, require_solver, solved_lengths
 from forebear.methods.fitted import Fitted, Piece, warn_about_zeros
 from forebear.plan import make_plan
 from forebear.projections import KeptStream, ProjectedStream, Projection, projected_plan
@@ -41,12 +44,17 @@ class Influence:
         curvature: the matrix C; `Identity()` compares gradients as they are.
         projection: compress gradients first; C is then that of the compressed ones.
         damping: λ; a number is relative to the mean eigenvalue of each block.
-        normalise: `"cosine"` divides by both gradients' lengths in the metric of C.
+        normalise: `"cosine"` divides by both gradients' lengths in the metric of C, `"relative"`
+            by that of the training example alone, and `"relative_parameters"` by the length of the
+            step in parameters, `(C + λI)⁻¹ ∇ℓ(z)` (RelatIF).
         checkpoints: `"last"` is the model as it is; `"sum"` weights the task's checkpoints with
             their learning rates (TracInCP), `"mean"` averages over them (TRAK).
         units: `"removal"` divides by n: the measurement with the example minus without it.
         layers: restrict the method to these layers of the task.
         seed: of projections and sampled targets.
+        correction: for a model that is not at a minimum: `"training"` takes training gradients
+            where the damped quadratic model of the training loss has its minimum,
+            `θ − (C + λI)⁻¹ ∇R(θ)`, and `"both"` those of the queries too.
     """
 
     name: str = "influence"
@@ -54,14 +62,22 @@ class Influence:
     curvature: Curvature = Identity()
     projection: Projection | None = None
     damping: float | Damping = 0.1
-    normalise: Literal["none", "cosine"] = "none"
+    normalise: Literal["none", "cosine", "relative", "relative_parameters"] = "none"
     checkpoints: Literal["last", "sum", "mean"] = "last"
     units: Literal["ranking", "removal"] = "ranking"
     layers: tuple[str, ...] | None = None
     seed: int = 0
+    correction: Literal["none", "training", "both"] = "none"
 
     def __post_init__(self) -> None:
         require_choices(self)
+        if self.correction != "none" and (self.projection is not None or self.gradient != "loss"):
+            raise TaskError(
+                f"correction={self.correction!r} moves the parameters, which needs whole gradients "
+                "of the loss: leave out projection= and gradient="
+            )
+        if self.projection is not None:
+            _require_second_moments(self.curvature)
 
     def fit(
         self, task: Task, train: Any, *, ids: Any = None, batch_size: int = BATCH
@@ -75,6 +91,9 @@ class Influence:
                 stream = fitted.open_training(i)
                 fit = self.curvature.fit(stream, fitted.training_function(), damping, self.seed)
                 fitted.curvatures.append(fit)
+        self._require_solvers(fitted.curvatures)
+        if self.correction != "none":
+            fitted.find_steps()
         return fitted
 
     def restore(self, task: Task, train: Data, tensors: dict[str, Tensor]) -> "FittedInfluence":
@@ -87,6 +106,8 @@ class Influence:
                 if key.startswith(f"{i}:")
             }
             features, weights = parts.pop("features", None), parts.pop("weights", None)
+            if "mean_gradient" in parts:
+                fitted.mean_gradients.append(parts.pop("mean_gradient"))
             if features is not None and weights is not None:
                 fitted.keep(features, weights)
             else:
@@ -97,7 +118,16 @@ class Influence:
                     fitted.training[i], fitted.training_function(), parts
                 )
             fitted.curvatures.append(restored)
+        if self.correction != "none":
+            fitted.find_steps()
         return fitted
+
+    def _require_solvers(self, curvatures: list[FittedCurvature]) -> None:
+        for fit in curvatures:
+            if self.normalise == "relative_parameters":
+                require_solver(fit, "normalise='relative_parameters'")
+            if self.correction != "none":
+                require_solver(fit, f"correction={self.correction!r}")
 
     def _unfitted(self, task: Task, data: Data, batch_size: int) -> "FittedInfluence":
         if self.layers is not None:
@@ -137,13 +167,50 @@ class FittedInfluence(Fitted):
         self.moments: tuple[Checkpoint | None, ...] = (
             task.checkpoints if uses_checkpoints else (None,)
         )
+        # Where gradients are taken: at the checkpoints, unless a correction moves the parameters.
+        self.training_moments = self.query_moments = self.moments
+        self.mean_gradients: list[Tensor] = []
+        self.step_lengths: list[float] = []
         self.feature_plan = plan
         if method.projection is not None:
-            self.feature_plan = projected_plan(method.projection.dimension, plan.coverage)
             # Every checkpoint has its own projection, so that their errors average out.
             self.projections = [
                 method.projection.prepare(plan, method.seed + i) for i in range(len(self.moments))
             ]
+            self.feature_plan = projected_plan(self.projections[0].sizes, plan.coverage)
+
+    def with_damping(self, damping: float | Damping) -> "FittedInfluence":
+        """The same fit with another damping: no pass over the data, no new eigenvectors.
+
+        Raises:
+            TaskError: the method has no damping.
+        """
+        chosen = as_damping(damping)
+        again = copy.copy(self)
+        again.method = replace(self.method, damping=damping)
+        again.curvatures = [_damped(fit, chosen) for fit in self.curvatures]
+        if self.mean_gradients:
+            again.find_steps()
+        return again
+
+    def find_steps(self) -> None:
+        """Where the damped quadratic model of the training loss has its minimum."""
+        if not self.mean_gradients:
+            for checkpoint, stream in zip(self.moments, self.training, strict=True):
+                with self.task.at(checkpoint):
+                    self.mean_gradients.append(mean_gradient(stream, self.training_function()))
+        steps, points = [], []
+        for checkpoint, fit, gradient in zip(
+            self.moments, self.curvatures, self.mean_gradients, strict=True
+        ):
+            solver = require_solver(fit, f"correction={self.method.correction!r}")
+            steps.append(-solver.solve(gradient[None])[0])
+            with self.task.at(checkpoint):
+                points.append(moved(self.task, self.plan, steps[-1], checkpoint))
+        self.step_lengths = [step.norm().item() for step in steps]
+        self.training_moments = tuple(points)
+        if self.method.correction == "both":
+            self.query_moments = self.training_moments
 
     @property
     def coverage(self) -> float:
@@ -157,6 +224,10 @@ class FittedInfluence(Fitted):
         for key in each[0] if each else ():
             values = [one[key] for one in each]
             found[key] = values if len(values) > 1 else values[0]
+        if self.step_lengths:
+            found["correction_length"] = (
+                self.step_lengths if len(self.step_lengths) > 1 else self.step_lengths[0]
+            )
         if self.plan.fallback:
             found["differentiated_one_by_one"] = list(self.plan.fallback)
         if self.plan.unseen:
@@ -186,14 +257,14 @@ class FittedInfluence(Fitted):
     def open_training(self, i: int) -> Stream | ProjectedStream | KeptStream:
         """The training set at checkpoint i; projected gradients are kept when they fit."""
         stream = self.stream(i, self.train)
-        projection = self.method.projection
-        if projection is None or 4 * projection.dimension * len(self.train) > FEATURE_BYTES:
+        keeps = 4 * self._feature_size() * len(self.train) <= FEATURE_BYTES
+        if self.method.projection is None or not keeps:
             self.training.append(stream)
             return stream
         features, weights = None, torch.ones(len(self.train))
         function = self.training_function()
         for rows, _, gradients in stream.gradients(function, "projected gradients"):
-            part = gradients["projected"][0].left[:, 0]
+            part = torch.cat([terms[0].left[:, 0] for terms in gradients.values()], 1)
             if features is None:
                 features = part.new_empty(len(self.train), part.shape[1])
                 weights = weights.to(part)
@@ -221,12 +292,10 @@ class FittedInfluence(Fitted):
         out: Tensor | None = None
         for columns, weights, gradients in self._training_pass("self-influence"):
             norms = [
-                fit.squared_norms(g) * self._share(i)
+                self._own(fit, g) * self._share(i)
                 for i, (fit, g) in enumerate(zip(self.curvatures, gradients, strict=True))
             ]
             values = torch.stack(norms).sum(0)
-            if self.method.normalise == "cosine":
-                values = (values > 0).to(values)
             out = values.new_empty(len(self.train), device="cpu") if out is None else out
             out[columns] = (values * weights).cpu()
         assert out is not None
@@ -239,7 +308,34 @@ class FittedInfluence(Fitted):
             found |= {f"{i}:{key}": value for key, value in fit.tensors().items()}
             if isinstance(stream, KeptStream):
                 found |= {f"{i}:features": stream.features, f"{i}:weights": stream.weights}
+            if self.mean_gradients:
+                found[f"{i}:mean_gradient"] = self.mean_gradients[i]
         return found
+
+    def _feature_size(self) -> int:
+        return sum(block.size for block in self.feature_plan.blocks.values())
+
+    def _own(self, fit: FittedCurvature, gradients: Gradients) -> Tensor:
+        """Products of gradients with themselves, normalised, `[b]`."""
+        norms = fit.squared_norms(gradients)
+        if self.method.normalise == "cosine":
+            return (norms > 0).to(norms)
+        if self.method.normalise == "relative":
+            return norms.clamp_min(0).sqrt()
+        if self.method.normalise == "relative_parameters":
+            lengths = self._lengths(fit, gradients)
+            return norms / lengths.clamp_min(torch.finfo(norms.dtype).tiny)
+        return norms
+
+    def _lengths(self, fit: FittedCurvature, gradients: Gradients) -> Tensor:
+        """What scores of training examples are divided by, `[b]`."""
+        if self.method.normalise == "relative_parameters":
+            solver = require_solver(fit, "normalise='relative_parameters'")
+            lengths = solved_lengths(solver, gradients, self.feature_plan)
+        else:
+            lengths = fit.squared_norms(gradients).clamp_min(0).sqrt()
+        warn_about_zeros(lengths, "training examples")
+        return lengths
 
     def _share(self, i: int) -> float:
         """Weight of checkpoint i in a sum over checkpoints."""
@@ -254,7 +350,7 @@ class FittedInfluence(Fitted):
     def _queries_at_a_time(self, queries: Data) -> int:
         """As many queries as fit into memory once prepared."""
         if self.method.projection is not None:
-            each = 4 * self.method.projection.dimension
+            each = 4 * self._feature_size()
         else:
             with Capture(self.task, self.plan) as capture:
                 _, one = capture.gradients(self.query_function, queries.batch(slice(0, 1)))
@@ -264,7 +360,7 @@ class FittedInfluence(Fitted):
     def _prepare(self, i: int, group: Data) -> tuple[Any, Tensor]:
         """Prepared queries of a group and their lengths in the metric, `[q]`."""
         fit = self.curvatures[i]
-        with self.task.at(self.moments[i]):
+        with self.task.at(self.query_moments[i]):
             stream = self.stream(i, group)
             parts = [g for _, _, g in stream.gradients(self.query_function, "queries")]
         gradients = joined(parts)
@@ -282,10 +378,10 @@ class FittedInfluence(Fitted):
             for i, (fit, g) in enumerate(zip(self.curvatures, gradients, strict=True)):
                 ready, lengths = prepared[i]
                 part = fit.products(ready, g)
-                if self.method.normalise == "cosine":
-                    others = fit.squared_norms(g).sqrt()
-                    warn_about_zeros(others, "training examples")
-                    part /= (lengths[:, None] * others).clamp_min(torch.finfo(part.dtype).tiny)
+                if self.method.normalise != "none":
+                    others = self._lengths(fit, g)
+                    by = lengths[..., None] * others
+                    part /= by.clamp_min(torch.finfo(part.dtype).tiny)
                 share = self._share(i)
                 part = part if share == 1.0 else part.mul_(share)
                 total = part if total is None else total.add_(part)
@@ -300,14 +396,14 @@ class FittedInfluence(Fitted):
         function = self.training_function()
         if len(self.moments) == 1:
             stream = self.training[0]
-            with self.task.at(self.moments[0]):
+            with self.task.at(self.training_moments[0]):
                 for columns, values, g in stream.gradients(function, description):
                     kept = isinstance(stream, KeptStream)
                     yield columns, values if kept else function.weights, [g]
             return
         for columns, _ in self.training[0].batches(description):
             gradients, weights = [], []
-            for checkpoint, stream in zip(self.moments, self.training, strict=True):
+            for checkpoint, stream in zip(self.training_moments, self.training, strict=True):
                 kept = isinstance(stream, KeptStream)
                 with self.task.at(None if kept else checkpoint):
                     values, g = stream.at(columns, function)
@@ -315,3 +411,22 @@ class FittedInfluence(Fitted):
                 weights.append(values if kept else function.weights)
             # TRAK averages the weights over checkpoints apart from the products.
             yield columns, torch.stack(weights).mean(0), gradients
+
+
+def _require_second_moments(curvature: Any) -> None:
+    """Projected gradients are kept as they are, so C can be nothing but their second moment."""
+    curvature = getattr(curvature, "dense", curvature)
+    for option, needed in (("kind", "fisher"), ("targets", "empirical")):
+        if getattr(curvature, option, needed) != needed:
+            raise TaskError(
+                f"{option}={getattr(curvature, option)!r} is not known for projected gradients: "
+                f"use {option}={needed!r}, or no projection"
+            )
+
+
+def _damped(fit: Any, damping: Damping) -> FittedCurvature:
+    if not hasattr(fit, "with_damping"):
+        raise TaskError(
+            f"{type(fit).__name__} has no damping to change: use a method with a curvature"
+        )
+    return fit.with_damping(damping)

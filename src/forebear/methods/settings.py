@@ -5,25 +5,42 @@ from importlib import import_module
 from typing import Any
 
 from forebear.errors import FormatError
+from forebear.training.recipe import name_of
 
 PARTS = {
     "Influence": "forebear.methods.influence",
+    "NewtonInfluence": "forebear.methods.newton_step",
     "Similarity": "forebear.methods.baselines",
     "Random": "forebear.methods.baselines",
+    "FurtherTrained": "forebear.methods.further_training",
+    "LeaveOneOut": "forebear.methods.leave_one_out",
+    "Unrolled": "forebear.methods.unrolled",
+    "Recipe": "forebear.training",
     "Identity": "forebear.curvature",
     "Kronecker": "forebear.curvature",
     "Dense": "forebear.curvature",
+    "Whole": "forebear.curvature",
+    "GramSpectrum": "forebear.curvature",
+    "Diagonal": "forebear.curvature",
+    "DataInf": "forebear.curvature",
+    "Arnoldi": "forebear.curvature",
+    "Nystrom": "forebear.curvature",
+    "ConjugateGradients": "forebear.curvature",
+    "LiSSA": "forebear.curvature",
     "Relative": "forebear.curvature",
     "Absolute": "forebear.curvature",
     "Horizon": "forebear.curvature",
+    "EffectiveDimension": "forebear.curvature",
     "Gaussian": "forebear.projections",
     "TensorSketch": "forebear.projections",
+    "SJLT": "forebear.projections",
+    "TwoSided": "forebear.projections",
 }
 """Classes a saved configuration may name, and where they are; nothing else is ever imported."""
 
 
 def settings_of(method: Any) -> dict[str, Any]:
-    """A configuration as nested dicts, each with the class name of its part."""
+    """A configuration as nested dicts, each with the class name of its part; functions by name."""
 
     def plain(value: Any) -> Any:
         if is_dataclass(value) and not isinstance(value, type):
@@ -31,7 +48,9 @@ def settings_of(method: Any) -> dict[str, Any]:
             return {"type": type(value).__name__, **parts}
         if isinstance(value, tuple | list):
             return [plain(item) for item in value]
-        return value if isinstance(value, str | int | float | bool | None) else repr(value)
+        if isinstance(value, str | int | float | bool | None):
+            return value
+        return name_of(value) if callable(value) else repr(value)
 
     return plain(method)
 

@@ -6,14 +6,14 @@ from forebear.curvature import Damping, Dense
 from forebear.errors import unknown_name
 from forebear.gradients import Precision
 from forebear.methods.influence import Influence
-from forebear.projections import Gaussian, TensorSketch
+from forebear.projections import SJLT, Gaussian, TensorSketch
 
 
 def TRAK(
     *,
     dimension: int = 2048,
     damping: float | Damping = 0.01,
-    projection: Literal["tensor_sketch", "gaussian"] = "tensor_sketch",
+    projection: Literal["tensor_sketch", "gaussian", "sjlt"] = "tensor_sketch",
     precision: Precision = "float32",
     layers: tuple[str, ...] | None = None,
     seed: int = 0,
@@ -27,12 +27,13 @@ def TRAK(
         dimension: of the projection.
         damping: λ; a number is relative to the mean eigenvalue of the kernel. The paper has none,
             which needs many more examples than dimensions.
-        projection: `"tensor_sketch"` acts on factors; `"gaussian"` is the dense reference.
+        projection: `"tensor_sketch"` acts on factors; `"gaussian"` is the dense reference, and
+            `"sjlt"` a sparse one.
         precision: of the products of all pairs; `"bfloat16"` is faster where processors have it.
         layers: restrict the method to these layers.
         seed: of the projections.
     """
-    kinds = {"tensor_sketch": TensorSketch, "gaussian": Gaussian}
+    kinds = {"tensor_sketch": TensorSketch, "gaussian": Gaussian, "sjlt": SJLT}
     if projection not in kinds:
         raise unknown_name("projection of TRAK", str(projection), kinds)
     return Influence(

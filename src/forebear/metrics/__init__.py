@@ -8,12 +8,14 @@ from typing import Any
 
 METRICS = {
     "bootstrap_interval": "forebear.metrics.bootstrap:bootstrap_interval",
+    "cosine_similarity": "forebear.metrics.cosine:cosine_similarity",
     "found_in_first": "forebear.metrics.mislabel:found_in_first",
     "lds": "forebear.metrics.subset_prediction:lds",
     "loo_correlation": "forebear.metrics.leave_one_out:loo_correlation",
     "mislabel_auc": "forebear.metrics.mislabel:mislabel_auc",
     "noise_ceiling": "forebear.metrics.ceiling:noise_ceiling",
     "removal_curve": "forebear.metrics.removal:removal_curve",
+    "split_half_reliability": "forebear.metrics.reliability:split_half_reliability",
 }
 
 

@@ -21,7 +21,7 @@ def numbers(values: Any, what: str, shape: tuple[int | None, ...]) -> np.ndarray
         DataError: the shape is another.
         NonFiniteError: an entry is NaN or infinite.
     """
-    array = np.asarray(_plain(values), dtype=np.float64)
+    array = np.asarray(plain(values), dtype=np.float64)
     _require_shape(array, what, shape)
     bad = np.argwhere(~np.isfinite(array))
     if len(bad):
@@ -36,7 +36,7 @@ def flags(values: Any, what: str, shape: tuple[int | None, ...]) -> np.ndarray:
     Raises:
         DataError: the shape is another, or entries are neither boolean nor 0 and 1.
     """
-    array = np.asarray(_plain(values))
+    array = np.asarray(plain(values))
     if array.dtype != bool:
         if not np.isin(array, (0, 1)).all():
             raise DataError(f"{what} must be boolean: is it positions instead of a mask?")
@@ -45,7 +45,8 @@ def flags(values: Any, what: str, shape: tuple[int | None, ...]) -> np.ndarray:
     return array
 
 
-def _plain(values: Any) -> Any:
+def plain(values: Any) -> Any:
+    """`Scores` and tensors as what numpy reads."""
     values = values.values if isinstance(values, Scores) else values
     return values.detach().cpu() if isinstance(values, Tensor) else values
 

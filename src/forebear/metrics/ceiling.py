@@ -54,7 +54,7 @@ def noise_ceiling(outcomes: Any) -> NoiseCeiling:
         )
     pairs = [
         correlations(outcomes[list(one)].mean(0), outcomes[list(other)].mean(0))
-        for one, other in islice(_halves(seeds), SPLITS)
+        for one, other in islice(halves(seeds), SPLITS)
     ]
     agreement = np.mean(pairs, axis=0)
     warn_of_constants(agreement, "noise ceiling")
@@ -63,7 +63,8 @@ def noise_ceiling(outcomes: Any) -> NoiseCeiling:
     return NoiseCeiling(agreement, reliability, np.sqrt(np.maximum(reliability, 0)))
 
 
-def _halves(seeds: int) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
+def halves(seeds: int) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
+    """All splits into two equal halves; of an odd number each seed is left aside in turn."""
     half = seeds // 2
     for used in combinations(range(seeds), 2 * half):
         for rest in combinations(used[1:], half - 1):  # the first stays: each split once

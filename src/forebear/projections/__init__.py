@@ -2,15 +2,19 @@
 
 from forebear.projections.base import PreparedProjection, Projection
 from forebear.projections.gaussian import Gaussian
+from forebear.projections.sjlt import SJLT
 from forebear.projections.stream import KeptStream, ProjectedStream, projected_plan
 from forebear.projections.tensor_sketch import TensorSketch
+from forebear.projections.two_sided import TwoSided
 
 __all__ = [
+    "SJLT",
     "Gaussian",
     "KeptStream",
     "PreparedProjection",
     "ProjectedStream",
     "Projection",
     "TensorSketch",
+    "TwoSided",
     "projected_plan",
 ]

@@ -11,11 +11,6 @@ from forebear.capture import Gradients
 class Projection(Protocol):
     """A random linear map that keeps inner products in expectation; a frozen configuration."""
 
-    @property
-    def dimension(self) -> int:
-        """Length of the result."""
-        ...
-
     def prepare(self, plan: Plan, seed: int) -> "PreparedProjection":
         """Draw the map for the blocks of a plan."""
         ...
@@ -24,6 +19,11 @@ class Projection(Protocol):
 class PreparedProjection(Protocol):
     """A drawn map."""
 
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Length of each part of the result: one part `"projected"`, or one for each block."""
+        ...
+
     def features(self, gradients: Gradients) -> Tensor:
-        """Projected gradients, `[b, dimension]`."""
+        """Projected gradients `[b, k]`, k the sum of `sizes`."""
         ...

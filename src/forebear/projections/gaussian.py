@@ -49,6 +49,11 @@ class PreparedGaussian:
     plan: Plan
     matrices: dict[str, Tensor]
 
+    @property
+    def sizes(self) -> dict[str, int]:
+        """One part."""
+        return {"projected": next(iter(self.matrices.values())).shape[1]}
+
     def features(self, gradients: Gradients) -> Tensor:
         """Projected gradients, `[b, dimension]`."""
         parts = []

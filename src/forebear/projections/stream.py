@@ -15,10 +15,12 @@ from forebear.stream import Stream
 from forebear.task import Task
 
 
-def projected_plan(dimension: int, coverage: float) -> Plan:
-    """A plan whose only block is the projected gradient, a vector."""
-    block = Block("projected", dimension, 1, ("projected",), (torch.Size([dimension]),))
-    return Plan({"projected": block}, (), coverage=coverage, verified=True)
+def projected_plan(sizes: dict[str, int], coverage: float) -> Plan:
+    """A plan whose blocks are the parts of the projected gradient, vectors."""
+    blocks = {
+        name: Block(name, size, 1, (name,), (torch.Size([size]),)) for name, size in sizes.items()
+    }
+    return Plan(blocks, (), coverage=coverage, verified=True)
 
 
 @dataclass(frozen=True)
@@ -44,12 +46,12 @@ class ProjectedStream:
     ) -> Iterator[tuple[slice, Tensor, Gradients]]:
         """Positions, values `[b]` and projected gradients."""
         for rows, values, gradients in self.stream.gradients(function, description):
-            yield rows, values, as_block(self.projection.features(gradients))
+            yield rows, values, as_blocks(self.projection.features(gradients), self.plan)
 
     def at(self, rows: slice, function: Function) -> tuple[Tensor, Gradients]:
         """Values and projected gradients of one batch."""
         values, gradients = self.stream.at(rows, function)
-        return values, as_block(self.projection.features(gradients))
+        return values, as_blocks(self.projection.features(gradients), self.plan)
 
     def batches(self, description: str) -> Iterator[tuple[slice, object]]:
         """Positions and batches."""
@@ -81,7 +83,7 @@ class KeptStream:
 
     def at(self, rows: slice, function: Function) -> tuple[Tensor, Gradients]:
         """Weights and features of some rows."""
-        return self.weights[rows], as_block(self.features[rows])
+        return self.weights[rows], as_blocks(self.features[rows], self.plan)
 
     def batches(self, description: str) -> Iterator[tuple[slice, object]]:
         """Positions; the batches themselves are not needed."""
@@ -89,6 +91,7 @@ class KeptStream:
             yield slice(start, min(start + self.step, len(self.features))), None
 
 
-def as_block(features: Tensor) -> Gradients:
-    """Vectors `[b, k]` as gradients with one block."""
-    return {"projected": [vector(features)]}
+def as_blocks(features: Tensor, plan: Plan) -> Gradients:
+    """Vectors `[b, k]` as gradients whose blocks are their parts."""
+    parts = features.split([block.size for block in plan.blocks.values()], 1)
+    return {name: [vector(part)] for name, part in zip(plan.blocks, parts, strict=True)}

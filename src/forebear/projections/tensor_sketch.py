@@ -120,6 +120,11 @@ class PreparedTensorSketch:
     dimension: int
     hashes: dict[str, BlockHash]
 
+    @property
+    def sizes(self) -> dict[str, int]:
+        """One part."""
+        return {"projected": self.dimension}
+
     def features(self, gradients: Gradients) -> Tensor:
         """Projected gradients, `[b, dimension]`, in an orthonormal real frequency basis."""
         (first, *_), *_ = gradients.values()

@@ -160,23 +160,7 @@ class Recipe:
         self, parameters: list[Any], *, fused: bool | None = None
     ) -> torch.optim.Optimizer:
         """The torch optimizer of this recipe; `fused` makes an update in one pass over memory."""
-        if self.optimizer == "sgd":
-            return torch.optim.SGD(
-                parameters,
-                lr=self.learning_rate,
-                momentum=self.momentum,
-                weight_decay=self.weight_decay,
-                fused=fused,
-            )
-        kind = torch.optim.Adam if self.optimizer == "adam" else torch.optim.AdamW
-        return kind(
-            parameters,
-            lr=self.learning_rate,
-            betas=self.betas,
-            eps=self.epsilon,
-            weight_decay=self.weight_decay,
-            fused=fused,
-        )
+        return optimizer_of(self, parameters, fused=fused)
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -217,6 +201,17 @@ class Recipe:
                 optimizer.step()
                 step += 1
                 yield rate
+
+
+def optimizer_of(
+    settings: Any, parameters: list[Any], *, fused: bool | None = None
+) -> torch.optim.Optimizer:
+    """The torch optimizer of settings that name it as a `Recipe` does."""
+    common = {"lr": settings.learning_rate, "weight_decay": settings.weight_decay, "fused": fused}
+    if settings.optimizer == "sgd":
+        return torch.optim.SGD(parameters, momentum=settings.momentum, **common)
+    kind = torch.optim.Adam if settings.optimizer == "adam" else torch.optim.AdamW
+    return kind(parameters, betas=settings.betas, eps=settings.epsilon, **common)
 
 
 @contextmanager

@@ -49,7 +49,8 @@ def _bounds(size: int, steps: int) -> tuple[int, ...]:
 class StackedBatches:
     """The batches of several members at once, padded to one width.
 
-    All members have the same number of steps an epoch; their subsets may differ in size.
+    All members have the same number of steps an epoch; their subsets may differ in size. With
+    `batch_size` batches are cut as torch's `DataLoader` does, full ones and a short last one.
 
     Attributes:
         steps: number of steps in an epoch.
@@ -57,17 +58,19 @@ class StackedBatches:
         padded: whether any weight is zero.
     """
 
-    def __init__(self, masks: Tensor, steps: int) -> None:
+    def __init__(self, masks: Tensor, steps: int, batch_size: int | None = None) -> None:
         self.masks = masks
         self.steps = steps
         sizes = masks.sum(1)  # [m]
-        bounds = torch.arange(steps + 1)[:, None] * sizes // steps  # [steps + 1, m]
+        ends = torch.arange(steps + 1)[:, None]
+        even = batch_size is None
+        bounds = ends * sizes // steps if even else torch.minimum(ends * batch_size, sizes)
         counts = bounds[1:] - bounds[:-1]  # [steps, m]
         place = torch.arange(int(counts.max()))
         real = place < counts[:, :, None]  # [steps, m, width]
         offsets = sizes.cumsum(0) - sizes
         self._places = (bounds[:-1] + offsets)[:, :, None] + torch.where(real, place, 0)
-        self.weights = real / counts[:, :, None]
+        self.weights = real.double() / counts[:, :, None]
         self.padded = not bool(real.all())
 
     def epoch(self, orders: Tensor) -> Tensor:

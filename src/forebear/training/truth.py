@@ -1,21 +1,22 @@
 """Ground truth: what queries measure under models that were really retrained."""
 
 import hashlib
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from forebear.data import Data, batch_length
-from forebear.errors import DataError, FormatError, MismatchError, NonFiniteError, TaskError
+from forebear.data import Data
+from forebear.errors import DataError, FormatError, NonFiniteError, TaskError
 from forebear.progress import track
-from forebear.task import Loss, per_example, state_hash
+from forebear.task import Loss, state_hash
+from forebear.training.ensemble import evaluate_model
+from forebear.training.pieces import Pieces, write_tensors
 from forebear.training.recipe import Recipe, name_of
 from forebear.training.subsets import subset_masks
 from forebear.types import Provenance, Scores, read_json, read_tensors, write_json
@@ -162,7 +163,7 @@ class GroundTruth:
         tensors = {"subsets": self.subsets, "outcomes": self.outcomes}
         if self.full is not None:
             tensors["full"] = self.full
-        _write_tensors(folder / "truth.safetensors", tensors)
+        write_tensors(folder / "truth.safetensors", tensors)
         write_json(folder / "truth.json", self._facts())
 
     @classmethod
@@ -200,19 +201,15 @@ class _Work:
         """Measurements `[members, q]`, members as `_members` orders them."""
         members = self._members()
         starts = range(0, len(members), PIECE)
-        if folder is not None:
-            folder.mkdir(parents=True, exist_ok=True)
-            self._require_same_work(folder)
+        pieces = Pieces(folder, self._facts(), "retrainings")
         values = []
         for start in track(starts, "ground truth", total=len(starts)):
             piece = members[start : start + PIECE]
-            path = None if folder is None else folder / f"piece-{start:06d}.safetensors"
-            if path is not None and path.is_file():
-                values.append(self._stored(path, len(piece)))
-                continue
-            outcomes = self._measure(piece)
-            if path is not None:
-                _write_tensors(path, {"outcomes": outcomes})
+            name = f"piece-{start:06d}"
+            outcomes = pieces.read(name, (len(piece), len(self.queries)))
+            if outcomes is None:
+                outcomes = self._measure(piece)
+                pieces.write(name, outcomes)
             values.append(outcomes)
         return torch.cat(values)
 
@@ -235,8 +232,9 @@ class _Work:
             models = self.trainer.train_many(self.train, masks, [seed for _, seed in members])
             outcomes = models.evaluate(self.measure, self.queries)
         else:
+            measured = partial(evaluate_model, function=self.measure, data=self.queries)
             pairs = track(members, "retraining models", total=len(members))
-            outcomes = torch.stack([self._measure_one(self.trainer(*pair)) for pair in pairs])
+            outcomes = torch.stack([measured(self.trainer(*pair)) for pair in pairs])
         bad = torch.nonzero(~torch.isfinite(outcomes))
         if len(bad):
             raise NonFiniteError(
@@ -245,35 +243,9 @@ class _Work:
             )
         return outcomes.cpu()
 
-    @torch.no_grad()
-    def _measure_one(self, model: nn.Module) -> Tensor:
-        model.eval()
-        batches = self.queries.batches(512)
-        return torch.cat(
-            [per_example(self.measure(model, b), batch_length(b), "measure") for _, b in batches]
-        )
-
-    def _require_same_work(self, folder: Path) -> None:
+    def _facts(self) -> dict[str, Any]:
         digest = hashlib.sha256(self.empty.subsets.numpy().tobytes()).hexdigest()[:16]
-        facts = {**self.empty._facts(), "subsets": digest, "full": self.full}
-        facts = json.loads(json.dumps(facts))  # as they will be read: lists, not tuples
-        path = folder / "work.json"
-        if not path.exists():
-            write_json(path, facts)
-            return
-        stored = read_json(path)
-        for name, value in facts.items():
-            if stored.get(name) != value:
-                raise MismatchError(
-                    f"{name} differs: {folder} holds retrainings with {stored.get(name)!r} and "
-                    f"this is {value!r}; choose another folder or delete that one"
-                )
-
-    def _stored(self, path: Path, members: int) -> Tensor:
-        outcomes = read_tensors(path).get("outcomes")
-        if outcomes is None or outcomes.shape != (members, len(self.queries)):
-            raise FormatError(f"{path} is damaged: delete it and it is made again")
-        return outcomes
+        return {**self.empty._facts(), "subsets": digest, "full": self.full}
 
 
 def _measurement(measure: Loss | None, loss: Loss | None) -> Loss:
@@ -282,9 +254,3 @@ def _measurement(measure: Loss | None, loss: Loss | None) -> Loss:
     if loss is None:
         raise TaskError("a callable that trains has no loss: pass loss= or measure=")
     return lambda model, batch: -loss(model, batch)
-
-
-def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
-    partial = path.with_suffix(".partial")
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial)
-    partial.replace(path)

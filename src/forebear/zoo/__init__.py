@@ -1,6 +1,6 @@
-"""Small real tasks: data, a recipe, and planted label errors. One file a task, one row each.
+"""Small real tasks: data and a recipe. One file a task, one row each.
 
-Every file has `load(...) -> Images` and `recipe(...) -> Recipe`.
+Every file has `load(...)`, whose result has `train` and `queries`, and `recipe(...) -> Recipe`.
 """
 
 from importlib import import_module
@@ -9,8 +9,11 @@ from types import ModuleType
 from forebear.errors import unknown_name
 
 TASKS = {
+    "breast_cancer": "forebear.zoo.breast_cancer",
+    "diabetes": "forebear.zoo.diabetes",
     "digits": "forebear.zoo.digits",
     "fashion_mnist": "forebear.zoo.fashion_mnist",
+    "text": "forebear.zoo.text",
 }
 
 
