@@ -1,6 +1,7 @@
 """Tasks, methods, truth and run folders joined, in Python and as a person types it."""
 
 import json
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
