@@ -5,7 +5,7 @@ empirical Fisher matrix; dampings of the published comparison are multiples of i
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -20,8 +20,11 @@ from forebear.task import Task
 GRID = (0.1, 1.0, 10.0, 100.0, 1000.0)
 """Multiples of λ₀ that conjugate gradients are run with."""
 
-ROWS = 20_000
-"""Outputs of all examples together up to which an exact Gauss-Newton matrix is formed."""
+WORK = 2e12
+"""Outputs of all examples, times P², up to which an exact Gauss-Newton matrix is formed."""
+
+OUTPUTS = 100
+"""Outputs of one example that the exact matrix may have: each costs a backward pass."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +72,8 @@ class Scale:
     @property
     def dense(self) -> bool:
         """Whether an exact Gauss-Newton matrix is affordable."""
-        return self.examples * self.outputs <= ROWS and self.parameters <= 5_000
+        work = self.examples * self.outputs * self.parameters**2
+        return work <= WORK and self.outputs <= OUTPUTS
 
 
 Options = Callable[[Scale], dict[str, Any]]
@@ -189,6 +193,7 @@ class Field:
         left_out: positions of the examples that the gold standard leaves out, `[m]`.
         epochs: amounts of further training.
         further: how it is done.
+        fits: what was fitted, by method and all its options but the damping.
     """
 
     task: Task
@@ -197,6 +202,7 @@ class Field:
     left_out: Tensor
     epochs: tuple[int, ...]
     further: Further
+    fits: dict[str, Any] = field(default_factory=dict, repr=False)
 
     def scales(self) -> list[Scale]:
         """What settings may depend on, one for each amount."""
@@ -227,16 +233,22 @@ class Field:
             ForebearError: the method refuses this task.
         """
         needed = scales if entrant.follows else scales[:1]
-        each, fitted = [], None
+        each = []
         for scale in needed:
-            options = entrant.options(scale)
-            if fitted is not None and "damping" in options and hasattr(fitted, "with_damping"):
-                fitted = fitted.with_damping(options["damping"])  # all that follows the amount
-            else:
-                fitted = methods.get(entrant.method, **options).fit(self.task, self.train)
+            fitted = self._fitted(entrant, entrant.options(scale))
             values = fitted.score(self.queries).values
             each.append(values[:, self.left_out].double())
         return torch.stack(each * (len(scales) // len(needed)))
+
+    def _fitted(self, entrant: Entrant, options: dict[str, Any]) -> Any:
+        """Fitted anew, or with other damping where that is all that differs from before."""
+        rest = {key: value for key, value in options.items() if key != "damping"}
+        name = repr((entrant.method, rest))
+        if name in self.fits and "damping" in options and hasattr(self.fits[name], "with_damping"):
+            return self.fits[name].with_damping(options["damping"])
+        fitted = methods.get(entrant.method, **options).fit(self.task, self.train)
+        self.fits[name] = fitted
+        return fitted
 
 
 def absent(entrant: Entrant, scale: Scale) -> str | None:

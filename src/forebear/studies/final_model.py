@@ -340,7 +340,10 @@ def _cost(outcome: Outcome, labels: dict[str, str]) -> Table:
         for name, entry in methods.METHODS.items()
         if name not in entered
     ]
-    note = "Seconds for all queries and, where settings follow the amount, for all amounts."
+    note = (
+        "Seconds for all queries and, where settings follow the amount, for all amounts. What "
+        "differs only in damping is fitted once, and timed with the first that needs it."
+    )
     return Table(
         "cost", "Time, and what methods had to say", ["method", "seconds", "note"], rows, note
     )

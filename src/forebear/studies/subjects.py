@@ -159,8 +159,8 @@ def _digits(queries: int) -> _Material:
 
 
 def _text(queries: int) -> _Material:
-    # Small, for each example has 24 × 57 outputs.
-    data = text.load(train=400, queries=min(queries, 40), length=24)
+    # Small, for each example has 16 × 60 outputs.
+    data = text.load(train=300, queries=min(queries, 40), length=16)
     return _Material(
         "characters of Python's help", text.recipe(), data.train, data.queries, (1, 2, 5, 10, 20)
     )

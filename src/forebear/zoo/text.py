@@ -72,7 +72,7 @@ def load(*, train: int = 900, queries: int = 60, length: int = 32, seed: int = 0
 class CharacterModel(nn.Module):
     """Predicts each character from the embeddings of the ones before it, by a hidden layer."""
 
-    def __init__(self, *, context: int = CONTEXT, embedding: int = 8, hidden: int = 32) -> None:
+    def __init__(self, *, context: int = CONTEXT, embedding: int = 6, hidden: int = 16) -> None:
         super().__init__()
         self.context = context
         self.embed = nn.Embedding(len(ALPHABET), embedding)
@@ -90,7 +90,7 @@ class CharacterModel(nn.Module):
 
 
 def build() -> nn.Module:
-    """An untrained character model of eight characters before, 32 hidden units."""
+    """An untrained character model of eight characters before, 16 hidden units."""
     return CharacterModel()
 
 
