@@ -130,8 +130,8 @@ def attribute_file(path: Path, method: str, options: dict[str, Any], out: Path) 
         MismatchError: the folder holds a run of another model or data set.
     """
     configured = methods.get(method, **options)
-    with _importable(path.resolve().parent):
-        module = _import(path)
+    with importable(path.resolve().parent):
+        module = imported(path)
         task = module.task()
         train = Data.of(module.train(), collate=task.collate)
         queries = Data.of(module.queries(), collate=task.collate)
@@ -264,7 +264,7 @@ def _to(batch: Any, device: torch.device) -> Any:
 
 
 @contextmanager
-def _importable(folder: Path) -> Iterator[None]:
+def importable(folder: Path) -> Iterator[None]:
     """Modules beside a file can be imported by it, as when Python runs the file."""
     sys.path.insert(0, str(folder))
     try:
@@ -273,7 +273,12 @@ def _importable(folder: Path) -> Iterator[None]:
         sys.path.remove(str(folder))
 
 
-def _import(path: Path) -> ModuleType:
+def imported(path: Path) -> ModuleType:
+    """A file as a module, always from its text.
+
+    Raises:
+        FormatError: it is not Python.
+    """
     spec = importlib.util.spec_from_file_location(f"forebear_file_{uuid.uuid4().hex}", path)
     if spec is None:
         raise FormatError(f"{path} is not a Python file")

@@ -10,9 +10,9 @@ from scipy.spatial.distance import cosine
 from scipy.stats import spearmanr
 
 from forebear.errors import FormatError, MismatchError, UnknownNameError
-from forebear.studies import StudyResult, entrants, final_model
-from forebear.studies.final_model import Outcome, agreement
-from forebear.studies.final_model_findings import findings
+from forebear.studies import StudyResult, final_model
+from forebear.studies.final_model import Outcome, agreement, entrants
+from forebear.studies.final_model.findings import findings
 
 FILE = """
 import torch

@@ -10,7 +10,7 @@ import torch
 import forebear as fb
 from forebear.studies import hessians
 from forebear.studies.base import Pieces, StudyResult
-from forebear.studies.hessians_ladder import (
+from forebear.studies.hessians.ladder import (
     LADDER,
     NAMES,
     Rotated,
@@ -20,7 +20,7 @@ from forebear.studies.hessians_ladder import (
     residuals,
     shares,
 )
-from forebear.studies.hessians_subject import Gold, Network, Subject, outcomes_of, subject_of
+from forebear.studies.hessians.subject import Gold, Network, Subject, outcomes_of, subject_of
 
 pytest.importorskip("sklearn")
 pytest.importorskip("matplotlib")

@@ -8,7 +8,7 @@ import pytest
 
 from forebear.studies import removal
 from forebear.studies.base import StudyResult
-from forebear.studies.removal_experiments import cell, fit_law, self_logit_slopes
+from forebear.studies.removal.experiments import cell, fit_law, self_logit_slopes
 
 
 def test_the_exponents_are_inside_the_published_intervals() -> None:

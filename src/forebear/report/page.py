@@ -50,7 +50,7 @@ def render(folder: Path) -> str:
     facts = examples.facts()
     finder = words.best_at_labels(run)
     return (
-        _environment()
+        environment()
         .get_template("report.html.j2")
         .render(
             run=run,
@@ -72,12 +72,12 @@ def render(folder: Path) -> str:
             created=_date(run.created),
             sprite=tiles,
             long_names=examples.long_names,
-            style=_static("report.css"),
-            fonts={name: _font(file) for name, file in FONTS.items()},
+            style=static("report.css"),
+            fonts={name: font(file) for name, file in FONTS.items()},
             scripts=[
-                _static("vendor/d3.min.js"),
-                _static("vendor/plot.umd.min.js"),
-                _static("report.js"),
+                static("vendor/d3.min.js"),
+                static("vendor/plot.umd.min.js"),
+                static("report.js"),
             ],
             payload=embed(_payload(run, facts, shown, suspicious, tiles)),
         )
@@ -178,28 +178,31 @@ def _date(created: str) -> str:
         return created
 
 
-def _static(name: str) -> str:
+def static(name: str) -> str:
+    """A script or style sheet of the pages, ready to be inlined."""
     content = (resources.files("forebear.report") / "static" / name).read_text(encoding="utf-8")
     # A closing tag inside a string of a library would end the element it is inlined in.
     return content.replace("</script", "<\\/script").replace("</style", "<\\/style")
 
 
-def _font(file: str) -> str:
+def font(file: str) -> str:
+    """A vendored font in base64."""
     content = (resources.files("forebear.report") / "static" / "vendor" / file).read_bytes()
     return base64.b64encode(content).decode()
 
 
-def _environment() -> Any:
+def environment() -> Any:
+    """The templates of all pages."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
-    environment = Environment(
+    templates = Environment(
         loader=PackageLoader("forebear.report"),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters.update(
+    templates.filters.update(
         percent=words.percent,
         number=words.number,
         count=words.count,
@@ -207,4 +210,4 @@ def _environment() -> Any:
         duration=words.duration,
         span=words.span,
     )
-    return environment
+    return templates

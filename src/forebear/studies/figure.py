@@ -186,3 +186,17 @@ def _known(settings: Any) -> dict[str, Any]:
     installed = {font.name for font in font_manager.fontManager.ttflist}
     fonts = [name for name in STYLE["font.sans-serif"] if name in installed]
     return {k: v for k, v in STYLE.items() if k in settings} | {"font.sans-serif": fonts}
+
+
+def require_figures() -> None:
+    """Raise before hours of work rather than after them.
+
+    Raises:
+        MissingDependencyError: matplotlib is not installed.
+    """
+    from importlib.util import find_spec
+
+    if find_spec("matplotlib") is None:
+        raise MissingDependencyError(
+            "figures of studies need matplotlib: pip install 'forebear[study]'"
+        )

@@ -5,10 +5,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from forebear.report.page import FONTS
-from forebear.report.page import _environment as environment
-from forebear.report.page import _font as font
-from forebear.report.page import _static as static
+from forebear.report.page import FONTS, environment, font, static
 
 if TYPE_CHECKING:
     from forebear.studies.base import StudyResult

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from forebear.studies.figure import INK, PALETTE, SOFT, figure
-from forebear.studies.removal_experiments import Cell
+from forebear.studies.removal.experiments import Cell
 
 NAMES = {
     "influence": "influence",

@@ -22,7 +22,7 @@ from forebear.metrics.curvature import (
     off_block_energy,
     relative_residual,
 )
-from forebear.studies.hessians_subject import Subject
+from forebear.studies.hessians.subject import Subject
 from forebear.task import Task
 from forebear.tasks.classification import CrossEntropy
 

@@ -16,10 +16,10 @@ import torch
 from forebear.progress import track
 from forebear.removal import Factorised, distance_bound, shift
 from forebear.removal.estimators import mask_of
-from forebear.studies import removal_figures
 from forebear.studies.base import Finding, StudyResult, Table
-from forebear.studies.entrants import require_figures
-from forebear.studies.removal_experiments import (
+from forebear.studies.figure import require_figures
+from forebear.studies.removal import figures
+from forebear.studies.removal.experiments import (
     COMPARED,
     SIGNAL,
     Cell,
@@ -121,8 +121,8 @@ def run(
     seconds = perf_counter() - start
     exponents = measured.exponents
     values = {name: law.values for name, law in exponents.items()}
-    removal_figures.draw_laws(out, measured.grid, values, measured.sweeps[-1].cells)
-    removal_figures.draw_sizes(out, measured.sizes)
+    figures.draw_laws(out, measured.grid, values, measured.sweeps[-1].cells)
+    figures.draw_sizes(out, measured.sizes)
     result = StudyResult(
         name="removal",
         title="Removal estimates for logistic regression",

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from forebear.data import Data, map_tensors
 from forebear.errors import DataError, FormatError, unknown_name
-from forebear.pipeline import _import, _importable
-from forebear.studies.entrants import Further
+from forebear.pipeline import importable, imported
+from forebear.studies.final_model.entrants import Further
 from forebear.task import Task
 from forebear.tasks import losses
 from forebear.training import FurtherTraining
@@ -177,8 +177,8 @@ SUBJECTS: dict[str, Callable[[int], _Material]] = {
 def _from_file(path: Path, *, quick: bool, seed: int) -> Subject:
     if not path.is_file():
         raise FormatError(f"{path} does not exist")
-    with _importable(path.resolve().parent):
-        module = _import(path)
+    with importable(path.resolve().parent):
+        module = imported(path)
         if not hasattr(module, "further_training"):
             raise FormatError(
                 f"{path} does not define further_training(): return fb.FurtherTraining with the "

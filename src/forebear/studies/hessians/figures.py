@@ -17,8 +17,8 @@ from forebear.studies.figure import (
     line,
     logarithmic,
 )
-from forebear.studies.hessians_ladder import LADDER
-from forebear.studies.hessians_tables import best_lds, curve, interval
+from forebear.studies.hessians.ladder import LADDER
+from forebear.studies.hessians.tables import best_lds, curve, interval
 
 if TYPE_CHECKING:
     from forebear.studies.hessians import Found

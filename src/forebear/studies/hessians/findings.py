@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from forebear.studies.base import Finding
-from forebear.studies.hessians_tables import best_lds
+from forebear.studies.hessians.tables import best_lds
 
 if TYPE_CHECKING:
     from forebear.studies.hessians import Found

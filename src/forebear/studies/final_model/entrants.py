@@ -14,7 +14,6 @@ from torch import Tensor
 from forebear import methods
 from forebear.curvature import Absolute, Horizon
 from forebear.data import Data
-from forebear.errors import MissingDependencyError
 from forebear.task import Task
 
 GRID = (0.1, 1.0, 10.0, 100.0, 1000.0)
@@ -263,17 +262,3 @@ def absent(entrant: Entrant, scale: Scale) -> str | None:
     if entrant.small and not scale.dense:
         return f"it would take too long with {scale.examples} × {scale.outputs} outputs"
     return None
-
-
-def require_figures() -> None:
-    """Raise before hours of work rather than after them.
-
-    Raises:
-        MissingDependencyError: matplotlib is not installed.
-    """
-    from importlib.util import find_spec
-
-    if find_spec("matplotlib") is None:
-        raise MissingDependencyError(
-            "figures of studies need matplotlib: pip install 'forebear[study]'"
-        )

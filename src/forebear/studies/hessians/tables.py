@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from forebear.studies.base import Cell, Table
-from forebear.studies.hessians_ladder import LADDER, NAMES
+from forebear.studies.hessians.ladder import LADDER, NAMES
 
 if TYPE_CHECKING:
     from forebear.studies.hessians import Found

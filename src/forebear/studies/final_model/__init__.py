@@ -21,10 +21,11 @@ from forebear.errors import ForebearError, ForebearWarning
 from forebear.metrics.correlation import correlations
 from forebear.progress import track
 from forebear.studies.base import Pieces, StudyResult, Table, fingerprint
-from forebear.studies.entrants import ENTRANTS, Entrant, Field, Scale, absent, require_figures
-from forebear.studies.final_model_figures import draw
-from forebear.studies.final_model_findings import findings
-from forebear.studies.subjects import Subject, subject_of
+from forebear.studies.figure import require_figures
+from forebear.studies.final_model.entrants import ENTRANTS, Entrant, Field, Scale, absent
+from forebear.studies.final_model.figures import draw
+from forebear.studies.final_model.findings import findings
+from forebear.studies.final_model.subjects import Subject, subject_of
 from forebear.types import read_json, write_json
 
 MEASURES = ("cosine", "centred cosine", "Spearman")

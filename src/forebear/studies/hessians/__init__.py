@@ -18,9 +18,9 @@ from forebear.errors import ForebearWarning
 from forebear.metrics.correlation import correlations
 from forebear.progress import track
 from forebear.studies.base import Pieces, StudyResult
-from forebear.studies.entrants import require_figures
-from forebear.studies.hessians_findings import findings
-from forebear.studies.hessians_ladder import (
+from forebear.studies.figure import require_figures
+from forebear.studies.hessians.findings import findings
+from forebear.studies.hessians.ladder import (
     NAMES,
     Anatomy,
     Rotated,
@@ -32,7 +32,7 @@ from forebear.studies.hessians_ladder import (
     residuals,
     shares,
 )
-from forebear.studies.hessians_subject import (
+from forebear.studies.hessians.subject import (
     Gold,
     Network,
     Outcomes,
@@ -41,7 +41,7 @@ from forebear.studies.hessians_subject import (
     outcomes_of,
     subject_of,
 )
-from forebear.studies.hessians_tables import tables
+from forebear.studies.hessians.tables import tables
 
 DAMPINGS = tuple(float(value) for value in 10.0 ** np.arange(-4, -0.9, 0.5))
 """Absolute dampings that every curvature is tried with; weight decay is one of them."""
@@ -151,7 +151,7 @@ def run(
         MismatchError: the folder holds other work.
     """
     require_figures()
-    from forebear.studies.hessians_figures import draw
+    from forebear.studies.hessians.figures import draw
 
     if threads is not None:
         torch.set_num_threads(threads)
