@@ -135,7 +135,8 @@ def test_gauss_newton_of_sequences_sums_over_positions() -> None:
             total += jacobian.T @ (torch.diag(p) - torch.outer(p, p)) @ jacobian / 9
     z = torch.stack(grads)
     damped = total + 0.1 * total.trace() / 26 * torch.eye(26).double()
-    scores = fb.Exact(curvature="gauss_newton").fit(fb.Task(model, PerPosition()), batch)
+    method = fb.Exact(curvature="gauss_newton", damping=0.1)
+    scores = method.fit(fb.Task(model, PerPosition()), batch)
     assert torch.allclose(
         scores.score(batch).values, z @ torch.linalg.solve(damped, z.T) / 9, rtol=1e-8, atol=1e-12
     )

@@ -64,7 +64,7 @@ def test_exact_takes_the_smaller_form() -> None:
     task, train, queries = case()
     x = torch.randn(200, 6).double()
     many = (x, torch.randint(3, (200,)))
-    method = fb.Exact(curvature="gauss_newton")
+    method = fb.Exact(curvature="gauss_newton", damping=0.1)
     few = method.fit(task, train)
     assert isinstance(few.curvatures[0], FittedSpectrum)
     assert isinstance(method.fit(task, many).curvatures[0], FittedDense)
@@ -77,7 +77,7 @@ def test_more_parameters_than_a_matrix_may_have() -> None:
     model = nn.Sequential(nn.Linear(200, 101)).double()
     task = fb.Task(model, LOSS)
     data = (torch.randn(8, 200).double(), torch.randint(101, (8,)))
-    fitted = fb.Exact(curvature="fisher").fit(task, data)
+    fitted = fb.Exact(curvature="fisher", damping=0.1).fit(task, data)
     grads = gradients_one_at_a_time(model, LOSS, data)
     g = torch.cat([x.flatten(1) for x in grads.values()], 1)
     kernel = g @ g.T

@@ -145,7 +145,7 @@ def test_exact_influence_is_a_dense_solve(kind: str) -> None:
         curvature = gauss_newton(model) if kind == "gauss_newton" else z.T @ z / N
         trace = curvature.trace()
     damped = curvature + 0.1 * trace / len(curvature) * torch.eye(len(curvature)).double()
-    method = fb.Exact(curvature=kind)
+    method = fb.Exact(curvature=kind, damping=0.1)
     fitted = method.fit(fb.Task(model, LOSS), TRAIN)
     expected = q @ torch.linalg.solve(damped, z.T) / N
     assert torch.allclose(fitted.score(QUERIES).values, expected, rtol=1e-8, atol=1e-12)

@@ -9,7 +9,7 @@ from forebear.methods.influence import Influence
 def Exact(
     *,
     curvature: Literal["hessian", "gauss_newton", "fisher"] = "hessian",
-    damping: float | Damping = 0.1,
+    damping: float | Damping = 1.0,
     blocks: Literal["all", "layers"] = "all",
     indefinite: Literal["absolute", "clip", "keep", "pseudo_inverse"] = "absolute",
     cutoff: float = 1e-6,

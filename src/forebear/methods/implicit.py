@@ -10,7 +10,7 @@ from forebear.methods.influence import Influence
 def CG(
     *,
     curvature: Literal["gauss_newton", "hessian", "fisher"] = "gauss_newton",
-    damping: float | Damping = 0.1,
+    damping: float | Damping = 1.0,
     tolerance: float = 1e-5,
     iterations: int = 300,
     layers: tuple[str, ...] | None = None,
@@ -40,7 +40,7 @@ def CG(
 def EKFACCG(
     *,
     curvature: Literal["gauss_newton", "hessian", "fisher"] = "gauss_newton",
-    damping: float | Damping = 0.1,
+    damping: float | Damping = 1.0,
     tolerance: float = 1e-5,
     iterations: int = 300,
     layers: tuple[str, ...] | None = None,
@@ -73,7 +73,7 @@ def EKFACCG(
 def LiSSA(
     *,
     curvature: Literal["gauss_newton", "hessian", "fisher"] = "gauss_newton",
-    damping: float | Damping = 0.1,
+    damping: float | Damping = 1.0,
     depth: int = 1000,
     scale: float | None = None,
     batch: int | None = None,

@@ -12,7 +12,7 @@ from forebear.methods.influence import Influence
 def Arnoldi(
     *,
     curvature: Literal["hessian", "gauss_newton", "fisher"] = "gauss_newton",
-    damping: float | Damping = 0.1,
+    damping: float | Damping = 1.0,
     rank: int = 50,
     krylov: int = 100,
     rest: Literal["damped", "drop"] = "damped",
@@ -48,7 +48,7 @@ def Arnoldi(
 def Nystrom(
     *,
     curvature: Literal["gauss_newton", "fisher"] = "gauss_newton",
-    damping: float | Damping = 0.1,
+    damping: float | Damping = 1.0,
     rank: int = 100,
     rest: Literal["damped", "drop"] = "damped",
     precision: Precision = "float32",

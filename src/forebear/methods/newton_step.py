@@ -19,7 +19,7 @@ from forebear.task import Task
 
 
 def NewtonStep(
-    *, damping: float | Damping = 0.1, layers: tuple[str, ...] | None = None
+    *, damping: float | Damping = 1.0, layers: tuple[str, ...] | None = None
 ) -> "NewtonInfluence":
     """`−(1/n) ∇m(q)ᵀ (C + λI − H_i/n)⁻¹ ∇ℓ_i`, with C the exact Gauss-Newton matrix.
 
