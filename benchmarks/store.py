@@ -7,6 +7,7 @@ same bytes by plain system calls. Each part runs in a process of its own.
 """
 
 import argparse
+import itertools
 import json
 import os
 import statistics
@@ -68,31 +69,28 @@ def method() -> Any:
 
 
 def build(folder: Path) -> dict[str, Any]:
-    """Plain passes that building takes, and what of them is not gradients."""
+    """Plain passes that building takes."""
     import forebear as fb
     from forebear.methods.features import build_store
 
     made = workload("mlp", 10_000, 1)
     task = fb.Task(made.model, fb.losses.cross_entropy)
-    found: dict[str, Any] = {}
-    for name, chosen in {"loss": method(), "trak": fb.TRAK(dimension=DIMENSION)}.items():
-        for dtype in ("bfloat16", "int8"):
-            count = iter(range(1000))
-            timing = median_ratio(
-                lambda: build_store(
-                    chosen, task, made.train, folder / f"{name}-{dtype}-{next(count)}", dtype=dtype
-                ),
-                made.model,
-                made.train,
-                repeats=REPEATS,
-                passes=2,
-            )
-            found[f"{name} {dtype}"] = {
-                "passes": round(timing.ratio, 3),
-                "seconds": round(timing.seconds, 4),
-                "plain_pass_seconds": round(timing.plain_seconds, 4),
-            }
-    return found
+    count = itertools.count()
+
+    def timed(chosen: Any, dtype: Any) -> dict[str, Any]:
+        def work() -> Any:
+            return build_store(chosen, task, made.train, folder / str(next(count)), dtype=dtype)
+
+        timing = median_ratio(work, made.model, made.train, repeats=REPEATS, passes=2)
+        return {
+            "passes": round(timing.ratio, 3),
+            "seconds": round(timing.seconds, 4),
+            "plain_pass_seconds": round(timing.plain_seconds, 4),
+        }
+
+    methods = {"loss": method(), "trak": fb.TRAK(dimension=DIMENSION)}
+    dtypes = ("bfloat16", "int8")
+    return {f"{name} {dtype}": timed(methods[name], dtype) for name in methods for dtype in dtypes}
 
 
 class Repeated:
@@ -150,6 +148,8 @@ def read(folder: Path, rows: int) -> dict[str, Any]:
     found["plain_read_seconds"] = round(seconds(lambda: plain_read(files)), 4)
     found["scan_seconds"] = round(seconds(lambda: scan(store)), 4)
     found["scan_of_a_new_map_seconds"] = round(seconds(lambda: scan(Store.open(folder / "s"))), 4)
+    parts = torch.cat([block.values for block in store.blocks()]).split(4096)
+    found["scan_of_memory_seconds"] = round(seconds(lambda: added(parts)), 4)
     found |= cold(folder / "s", files)
     generator = torch.Generator().manual_seed(0)
     for count in (1, 100, 10_000):
@@ -195,14 +195,16 @@ def plain_read(files: list[Path]) -> int:
     return total
 
 
-def scan(store: Any) -> float:
-    """Every row touched once: its entries as integers added up."""
+def scan(store: Any) -> int:
+    """Every row touched once."""
+    return added(block.values for block in store.blocks(4096))
+
+
+def added(parts: Any) -> int:
+    """Entries as integers added up: cheap, and needs every byte."""
     import torch
 
-    total = 0
-    for block in store.blocks(4096):
-        total += int(block.values.view(torch.int32).sum())
-    return total
+    return sum(int(part.view(torch.int32).sum()) for part in parts)
 
 
 def seconds(work: Callable[[], Any], repeats: int = REPEATS) -> float:
