@@ -19,11 +19,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from workloads import median_ratio, peak_memory_mb, plain_pass, set_threads, workload
+from workloads import images, median_ratio, peak_memory_mb, plain_pass, set_threads, workload
 
 DIMENSION = 512
 REPEATS = 5
-PARTS = ["build", "memory 10000", "memory 100000", "read"]
+PARTS = ["build 10000", "build 50000", "memory 10000", "memory 100000", "read"]
 
 
 def main() -> None:
@@ -53,11 +53,10 @@ def main() -> None:
 
 def run(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """One part."""
-    if options.child == "build":
-        return build(folder)
     if options.child == "read":
         return read(folder, options.rows)
-    return memory(folder, int(options.child.split()[1]))
+    what, size = options.child.split()
+    return {"build": build, "memory": memory}[what](folder, int(size))
 
 
 def method() -> Any:
@@ -68,20 +67,21 @@ def method() -> Any:
     return fb.Influence(projection=TensorSketch(DIMENSION))
 
 
-def build(folder: Path) -> dict[str, Any]:
-    """Plain passes that building takes."""
+def build(folder: Path, size: int) -> dict[str, Any]:
+    """Plain passes that building takes, with everything that comes before and after the pass."""
     import forebear as fb
     from forebear.methods.features import build_store
 
     made = workload("mlp", 10_000, 1)
+    train, _ = images("train", size, flat=True)
     task = fb.Task(made.model, fb.losses.cross_entropy)
     count = itertools.count()
 
     def timed(chosen: Any, dtype: Any) -> dict[str, Any]:
         def work() -> Any:
-            return build_store(chosen, task, made.train, folder / str(next(count)), dtype=dtype)
+            return build_store(chosen, task, train, folder / str(next(count)), dtype=dtype)
 
-        timing = median_ratio(work, made.model, made.train, repeats=REPEATS, passes=2)
+        timing = median_ratio(work, made.model, train, repeats=REPEATS, passes=2)
         return {
             "passes": round(timing.ratio, 3),
             "seconds": round(timing.seconds, 4),

@@ -11,6 +11,7 @@ NAMES = [
     "Absolute",
     "Arnoldi",
     "CG",
+    "Cascade",
     "Checkpoint",
     "Data",
     "DataInf",

@@ -14,6 +14,7 @@ _PUBLIC = {
     "Absolute": "curvature",
     "Arnoldi": "methods.low_rank",
     "CG": "methods.implicit",
+    "Cascade": "methods.cascade",
     "Checkpoint": "task",
     "Data": "data",
     "DataInf": "methods.datainf",

@@ -123,7 +123,9 @@ class Capture:
         for call in calls:
             self._collect(call, gradients)
         if self.plan.fallback:
-            one_by_one = per_example_gradients(self.task.model, self.plan.fallback, function, batch)
+            # Again, one example at a time: what the function remembers of the batch must stay.
+            again = getattr(function, "forgetful", function)
+            one_by_one = per_example_gradients(self.task.model, self.plan.fallback, again, batch)
             for name, g in one_by_one.items():
                 gradients[name] = [vector(g.flatten(1))]
         for name, terms in gradients.items():
@@ -263,7 +265,8 @@ def per_example_gradients(
             # vmap refuses in many ways (recurrent layers, branches on values, random numbers). A
             # true fault of the function shows again below, without functorch's frames around it.
             grads = _one_by_one(model, names, function, batch)
-    return {name: _at_least_float32(g) for name, g in grads.items()}
+    # Other parameters may need gradients, and a graph over them would outlive the batch.
+    return {name: _at_least_float32(g.detach()) for name, g in grads.items()}
 
 
 def _vectorised(

@@ -11,6 +11,7 @@ import typer
 from typer.core import TyperGroup
 from typer.exceptions import Abort, TyperException
 
+from forebear.commands import store
 from forebear.errors import ForebearError
 
 if TYPE_CHECKING:
@@ -77,6 +78,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_enable=False,
 )
+app.add_typer(store.app, name="store")
 
 RunFolder = Annotated[
     Path, typer.Argument(metavar="RUN", help="Folder of a run, for example runs/demo.")

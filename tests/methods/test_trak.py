@@ -154,3 +154,26 @@ def test_positions_and_tokens_are_sketched_by_every_route() -> None:
                 sign = hashed.rows.signs[i] * signs[j]
                 sketch[:, bucket[i, j]] += sign * written[:, i, j]
     assert torch.allclose(phi @ phi.T, sketch @ sketch.T, rtol=1e-9)
+
+
+def test_parameters_of_the_fallback_are_sketched_too() -> None:
+    """Position embeddings `[t]` have no rule; their gradients must not carry a graph along."""
+
+    class Positions(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.token, self.place = nn.Embedding(7, 4), nn.Embedding(5, 4)
+            self.out = nn.Linear(4, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.out((self.token(x) + self.place(torch.arange(5))).mean(1))
+
+    torch.manual_seed(0)
+    generator = torch.Generator().manual_seed(1)
+    train = (
+        torch.randint(7, (40, 5), generator=generator),
+        torch.randint(3, (40,), generator=generator),
+    )
+    fitted = fb.TRAK(dimension=16, damping=1.0).fit(fb.Task(Positions().eval(), LOSS), train)
+    assert "place.weight" in fitted.details()["differentiated_one_by_one"]
+    assert torch.isfinite(fitted.score(train).values).all()

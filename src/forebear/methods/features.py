@@ -64,7 +64,7 @@ def build_store(
         train: any map-style dataset.
         folder: of the store.
         dtype: of the stored numbers.
-        shard_rows: rows of a shard; as many as take 16 MB when 0.
+        shard_rows: rows of a shard; as many as take 8 MB when 0.
         columns: further values of each example, `[n, ...]` by name, to filter by.
         ids: a stable id for each example; positions when left out.
         batch_size: examples at a time.

@@ -150,6 +150,12 @@ class TrainingFunction:
         output, self.weights = self.task.objective.link(model, batch)
         return output
 
+    def forgetful(self, model: Any, batch: Any) -> Tensor:
+        """The same values, and the weights stay those of the batch before."""
+        if self.gradient == "loss":
+            return self.task.losses(model, batch)
+        return self.task.objective.link(model, batch)[0]
+
 
 class FittedInfluence(Fitted):
     """Curvatures fitted at every checkpoint, and projected gradients where they were kept."""
