@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from scipy.optimize import brentq
 from torch import Tensor
 
 from forebear.errors import DataError, TaskError
@@ -176,5 +175,7 @@ def _for_dimension(eigenvalues: Tensor, target: float) -> float:
 
     low = math.log(h.min().item()) + math.log((len(h) - target) / len(h)) - 1.0
     high = math.log(h.sum().item() / target) + 1.0
+    from scipy.optimize import brentq  # large, and rarely needed
+
     root: Any = brentq(excess, low, high, xtol=1e-12)
     return math.exp(root)

@@ -5,7 +5,6 @@ from importlib import import_module
 from typing import Any
 
 from forebear.errors import FormatError
-from forebear.training.recipe import name_of
 
 PARTS = {
     "Influence": "forebear.methods.influence",
@@ -50,7 +49,11 @@ def settings_of(method: Any) -> dict[str, Any]:
             return [plain(item) for item in value]
         if isinstance(value, str | int | float | bool | None):
             return value
-        return name_of(value) if callable(value) else repr(value)
+        if not callable(value):
+            return repr(value)
+        from forebear.training.recipe import name_of  # not for methods that never train
+
+        return name_of(value)
 
     return plain(method)
 
