@@ -5,8 +5,9 @@ After Wei et al., "Final-Model-Only Data Attribution with a Unifying View of Gra
 """
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
@@ -17,13 +18,14 @@ from torch import Tensor, nn
 
 from forebear.data import Data
 from forebear.errors import DataError, NonFiniteError, NumericalWarning, TaskError, unknown_name
+from forebear.executors import Executor, Pieces, results
 from forebear.progress import track
 from forebear.task import Loss, Task
 from forebear.training.continuation import Continuation, steps_at
-from forebear.training.pieces import Pieces
 from forebear.training.recipe import OPTIMIZERS, name_of
 from forebear.training.response import Adjustment, Response
 from forebear.training.schemes import Removals, Scheme
+from forebear.training.truth import outcomes_of
 from forebear.types import require_choices
 
 
@@ -110,6 +112,7 @@ class FurtherTraining:
         ids: Any = None,
         loss: Loss | None = None,
         folder: str | Path | None = None,
+        executor: Executor | None = None,
     ) -> Response:
         """Train on with and without examples, and measure every query.
 
@@ -122,6 +125,7 @@ class FurtherTraining:
             ids: a stable id for each training example; positions when left out.
             loss: of a bare model.
             folder: where pieces of the work are kept; what is there is not done again.
+            executor: where to train; in this process when left out.
 
         Raises:
             DataError: an id is unknown or stands twice, or too few examples are left out.
@@ -137,7 +141,7 @@ class FurtherTraining:
                 f"{len(groups)} runs are asked for with the mean adjustment: leave out at least "
                 "3, or use adjustment='full'"
             )
-        work = _Measurement(self, task, data, asked, groups, folder)
+        work = _Measurement(self, task, data, asked, groups, folder, executor)
         values: list[Tensor] = []
         while True:
             values.append(work.seed(self.seed + len(values)))
@@ -181,7 +185,9 @@ class _Measurement:
         queries: Data,
         groups: list[Tensor],
         folder: str | Path | None,
+        executor: Executor | None,
     ) -> None:
+        self.executor = executor
         self.settings = settings
         self.train = train
         self.queries = queries
@@ -205,30 +211,31 @@ class _Measurement:
 
     def seed(self, seed: int) -> Tensor:
         """Measurements of all runs, `[amounts, q, 1 + m]`, training on everything first."""
-        amounts, parts = self.settings.amounts, self.continuation.parts()
-        shape = (len(amounts), len(self.queries))
+        parts = self.continuation.parts()
+        names = [f"seed-{seed:04d}-part-{part:05d}" for part in range(len(parts))]
+        found = results(
+            partial(self.part, seed),
+            names,
+            "further training",
+            pieces=self.pieces,
+            executor=self.executor,
+        )
         values: Tensor | None = None
-
-        def work() -> Iterator[None]:
-            nonlocal values
-            for part, runs in enumerate(parts):
-                name = f"seed-{seed:04d}-part-{part:05d}"
-                outcomes = self.pieces.read(name, (*shape, len(runs)))
-                if outcomes is None:
-                    found = []
-                    for models in self.continuation.follow(runs, seed, amounts):
-                        found.append(self._measured(models, seed))
-                        yield
-                    outcomes = torch.stack(found)
-                    self.pieces.write(name, outcomes)
-                if values is None:
-                    values = outcomes.new_empty(*shape, len(self.removals))
-                values[..., runs] = outcomes
-
-        for _ in track(work(), "further training", total=len(parts) * len(amounts)):
-            pass
+        for name, runs, result in zip(names, parts, found, strict=True):
+            shape = (len(self.settings.amounts), len(self.queries), len(runs))
+            outcomes = outcomes_of(result, shape, name, self.pieces.folder)
+            if values is None:
+                values = outcomes.new_empty(*shape[:2], len(self.removals))
+            values[..., runs] = outcomes
         assert values is not None
         return values
+
+    def part(self, seed: int, part: int) -> dict[str, Tensor]:
+        """Measurements of the runs of one part."""
+        runs, amounts = self.continuation.parts()[part], self.settings.amounts
+        followed = self.continuation.follow(runs, seed, amounts)
+        models = track(followed, "amounts of further training", total=len(amounts))
+        return {"outcomes": torch.stack([self._measured(one, seed) for one in models])}
 
     def response(self, values: Tensor) -> Response:
         """The response from `[seeds, amounts, q, 1 + m]`."""

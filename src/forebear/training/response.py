@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from forebear.errors import DataError, FormatError, MismatchError, NumericalWarning
+from forebear.executors import write_tensors
 from forebear.metrics.reliability import Agreement, split_half_reliability
-from forebear.training.pieces import write_tensors
 from forebear.types import Provenance, Scores, read_json, read_tensors, write_json
 
 Adjustment = Literal["full", "mean"]

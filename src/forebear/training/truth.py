@@ -13,10 +13,10 @@ from torch import Tensor, nn
 
 from forebear.data import Data
 from forebear.errors import DataError, FormatError, NonFiniteError, TaskError
+from forebear.executors import Executor, Pieces, results, write_tensors
 from forebear.progress import track
 from forebear.task import Loss, state_hash
 from forebear.training.ensemble import evaluate_model
-from forebear.training.pieces import Pieces, write_tensors
 from forebear.training.recipe import Recipe, name_of
 from forebear.training.subsets import subset_masks
 from forebear.types import Provenance, Scores, read_json, read_tensors, write_json
@@ -76,6 +76,7 @@ class GroundTruth:
         loss: Loss | None = None,
         full: bool = True,
         folder: str | Path | None = None,
+        executor: Executor | None = None,
     ) -> "GroundTruth":
         """Retrain on every subset with every seed and measure every query.
 
@@ -90,6 +91,7 @@ class GroundTruth:
             loss: needed with a callable that comes without a loss or measure.
             full: also train on everything, once a seed.
             folder: where pieces of the work are kept; what is there is not done again.
+            executor: where to retrain; in this process when left out.
 
         Raises:
             MismatchError: the folder belongs to another recipe, data set or choice of subsets.
@@ -116,7 +118,7 @@ class GroundTruth:
             version=version("forebear"),
         )
         work = _Work(recipe, train, queries, _measurement(measure, loss), empty, full)
-        values = work.run(None if folder is None else Path(folder))
+        values = work.run(folder, executor)
         return work.result(values)
 
     @property
@@ -197,21 +199,23 @@ class _Work:
     empty: GroundTruth
     full: bool
 
-    def run(self, folder: Path | None) -> Tensor:
+    def run(self, folder: str | Path | None, executor: Executor | None) -> Tensor:
         """Measurements `[members, q]`, members as `_members` orders them."""
         members = self._members()
         starts = range(0, len(members), PIECE)
+        names = [f"piece-{start:06d}" for start in starts]
         pieces = Pieces(folder, self._facts(), "retrainings")
+        found = results(self.piece, names, "ground truth", pieces=pieces, executor=executor)
         values = []
-        for start in track(starts, "ground truth", total=len(starts)):
-            piece = members[start : start + PIECE]
-            name = f"piece-{start:06d}"
-            outcomes = pieces.read(name, (len(piece), len(self.queries)))
-            if outcomes is None:
-                outcomes = self._measure(piece)
-                pieces.write(name, outcomes)
-            values.append(outcomes)
+        for name, start, result in zip(names, starts, found, strict=True):
+            shape = (len(members[start : start + PIECE]), len(self.queries))
+            values.append(outcomes_of(result, shape, name, folder))
         return torch.cat(values)
+
+    def piece(self, number: int) -> dict[str, Tensor]:
+        """The measurements of one piece."""
+        start = number * PIECE
+        return {"outcomes": self._measure(self._members()[start : start + PIECE])}
 
     def result(self, values: Tensor) -> GroundTruth:
         """The ground truth with its outcomes."""
@@ -248,9 +252,27 @@ class _Work:
         return {**self.empty._facts(), "subsets": digest, "full": self.full}
 
 
+def outcomes_of(
+    result: dict[str, Tensor], shape: tuple[int, ...], name: str, folder: str | Path | None
+) -> Tensor:
+    """The outcomes of a piece.
+
+    Raises:
+        FormatError: they are missing or of another shape.
+    """
+    outcomes = result.get("outcomes")
+    if outcomes is None or tuple(outcomes.shape) != shape:
+        raise FormatError(f"{name} in {folder} is damaged: delete it and it is made again")
+    return outcomes
+
+
 def _measurement(measure: Loss | None, loss: Loss | None) -> Loss:
     if measure is not None:
         return measure
     if loss is None:
         raise TaskError("a callable that trains has no loss: pass loss= or measure=")
-    return lambda model, batch: -loss(model, batch)
+    return partial(_minus, loss)
+
+
+def _minus(loss: Loss, model: nn.Module, batch: Any) -> Tensor:
+    return -loss(model, batch)

@@ -1,0 +1,28 @@
+"""What several commands share: examples under their help, and settings of methods."""
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from forebear.errors import ForebearError
+
+
+def examples(*lines: str) -> str:
+    """Lines to type, for the end of a command's help."""
+    return "[bold]Examples[/bold]\n" + "\n".join(f"  {line}" for line in lines)
+
+
+def settings_of(pairs: Sequence[str]) -> dict[str, Any]:
+    """`key=value` pairs; values are JSON where they can be, otherwise text."""
+    settings: dict[str, Any] = {}
+    for pair in pairs:
+        key, equals, value = pair.partition("=")
+        if not (key and equals):
+            raise ForebearError(f"--option {pair!r} is not KEY=VALUE: write it like damping=0.1")
+        if key in settings:
+            raise ForebearError(f"--option {key} was given twice: keep one of them")
+        try:
+            settings[key] = json.loads(value)
+        except json.JSONDecodeError:
+            settings[key] = value
+    return settings
