@@ -31,7 +31,8 @@ def test_what_is_there_is_not_computed_again(tmp_path: Path) -> None:
     found = list(results(compute, NAMES, "pieces", pieces=pieces))
     assert compute.computed == [0, 2]
     assert [result["outcomes"][0].item() for result in found] == [0.0, 7.0, 2.0]
-    assert list(results(compute, NAMES, "pieces", pieces=pieces)) and compute.computed == [0, 2]
+    assert list(results(compute, NAMES, "pieces", pieces=pieces))
+    assert compute.computed == [0, 2]
 
 
 def test_without_a_folder_nothing_is_kept() -> None:
