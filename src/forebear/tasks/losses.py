@@ -1,6 +1,7 @@
 """The ready losses by name, as `forebear.losses`."""
 
 from forebear.tasks.classification import CrossEntropy
+from forebear.tasks.diffusion import Denoising
 from forebear.tasks.language import CausalLM
 from forebear.tasks.regression import SquaredError
 
@@ -11,6 +12,7 @@ causal_lm = CausalLM()
 __all__ = [
     "CausalLM",
     "CrossEntropy",
+    "Denoising",
     "SquaredError",
     "causal_lm",
     "cross_entropy",

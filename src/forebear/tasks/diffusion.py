@@ -1,0 +1,250 @@
+"""Denoising diffusion: the loss of a network that takes noise off images."""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Literal, NamedTuple, get_args
+
+import torch
+from torch import Tensor, nn
+
+from forebear.errors import DataError, TaskError, unknown_name
+from forebear.tasks.noise import gaussian
+from forebear.tasks.objective import Objective
+from forebear.tasks.schedules import Continuous, Discrete, Level, Schedule
+
+Prediction = Literal["epsilon", "v", "x0"]
+
+Pairing = Literal["example", "shared"]
+
+Call = Callable[[nn.Module, Tensor, Tensor, Any], Tensor]
+"""`call(model, noisy [b, ...], levels [b], condition or None)` gives a prediction `[b, ...]`."""
+
+RANGE = 4.0
+"""Images whose pixels exceed this in size are not scaled as a diffusion model expects them."""
+
+
+class Point(NamedTuple):
+    """A level of noise and the number of a draw at it."""
+
+    level: Level
+    draw: int
+
+
+def images(pixels: Tensor, condition: Tensor | None = None, *, keys: Any = None) -> dict[str, Any]:
+    """A dataset of images for diffusion tasks.
+
+    Args:
+        pixels: `[n, c, h, w]` or any other shape that the network takes, floating point and
+            scaled as in training, mostly from -1 to 1.
+        condition: `[n, ...]` of each image: a label, or an embedded text.
+        keys: integers `[n]` that noise belongs to; positions when left out. Queries need keys of
+            their own only where noise is to differ from that of the training examples.
+
+    Raises:
+        DataError: pixels are integers, or are not scaled.
+    """
+    if not pixels.is_floating_point():
+        raise DataError(
+            f"images are of type {str(pixels.dtype).removeprefix('torch.')}: scale them as in "
+            "training, for example pixels / 127.5 - 1"
+        )
+    if pixels.numel() and pixels.abs().max() > RANGE:
+        raise DataError(
+            f"images reach {pixels.abs().max().item():.4g}: scale them as in training, mostly "
+            "from -1 to 1"
+        )
+    own = torch.arange(len(pixels)) if keys is None else torch.as_tensor(keys).long()
+    if len(own) != len(pixels):
+        raise DataError(f"{len(own)} keys were given for {len(pixels)} images: give one each")
+    batch = {"image": pixels, "key": own}
+    return batch if condition is None else {**batch, "condition": condition}
+
+
+class Denoising(Objective):
+    """Squared error of a denoising network, averaged over pixels, levels and draws of noise.
+
+    The batch is a dict with `image` `[b, ...]`, `key` `[b]` and, for conditional models,
+    `condition` `[b, ...]`; see `images`. The noise of an example belongs to its key, the level, the
+    draw and the seed, so it is the same for every model, batch size and order.
+
+    Args:
+        schedule: `Discrete` (DDPM) or `Continuous` (EDM).
+        prediction: what the network gives: the noise `"epsilon"`, the velocity `"v"` (Salimans &
+            Ho, 2022) or the clean image `"x0"`.
+        levels: timesteps or noise scales to average over; a number chooses so many.
+        draws: of noise at each level.
+        noise: `"example"`: each key has its own noise; `"shared"`: all have the same.
+        seed: of the noise.
+        call: how the network is called; `model(noisy, levels)` or `model(noisy, levels, condition)`
+            when left out, and what it returns may have the prediction as `.sample`.
+    """
+
+    name = "denoising"
+
+    def __init__(
+        self,
+        schedule: Schedule | None = None,
+        prediction: Prediction = "epsilon",
+        *,
+        levels: int | Sequence[Level] = 10,
+        draws: int = 1,
+        noise: Pairing = "example",
+        seed: int = 0,
+        call: Call | None = None,
+    ) -> None:
+        self.schedule: Schedule = Discrete.linear() if schedule is None else schedule
+        if prediction not in get_args(Prediction):
+            raise unknown_name("prediction", prediction, get_args(Prediction))
+        if isinstance(self.schedule, Continuous) and prediction != "x0":
+            raise TaskError(
+                f"prediction is {prediction!r} and the schedule is Continuous (EDM), whose "
+                "networks give the clean image: use prediction='x0', or a Discrete schedule"
+            )
+        if noise not in get_args(Pairing):
+            raise unknown_name("noise", noise, get_args(Pairing))
+        if draws < 1:
+            raise TaskError(f"draws is {draws}: it must be at least 1")
+        self.prediction: Prediction = prediction
+        chosen = self.schedule.levels(levels) if isinstance(levels, int) else tuple(levels)
+        if not chosen:
+            raise TaskError("levels is empty: name at least one timestep or noise scale")
+        for level in chosen:
+            self.schedule.at(level)
+        self.levels = tuple(float(level) for level in chosen)
+        self.draws = draws
+        self.noise: Pairing = noise
+        self.seed = seed
+        self.call: Call = _plain_call if call is None else call
+
+    def at(self, levels: int | Sequence[Level], *, draws: int | None = None) -> "Denoising":
+        """The same loss at other levels, with the same noise where levels agree."""
+        return Denoising(
+            self.schedule,
+            self.prediction,
+            levels=levels,
+            draws=self.draws if draws is None else draws,
+            noise=self.noise,
+            seed=self.seed,
+            call=self.call,
+        )
+
+    @property
+    def points(self) -> tuple[Point, ...]:
+        """Every level with every draw, level by level."""
+        return tuple(Point(level, draw) for level in self.levels for draw in range(self.draws))
+
+    def noise_of(self, batch: Any, point: Point) -> Tensor:
+        """The noise of each example at a point, in the images' shape."""
+        image = batch["image"]
+        keys = self._keys(batch)
+        coordinates = (float(self.seed), point.level, float(point.draw))
+        return gaussian(keys, tuple(image.shape[1:]), *coordinates, dtype=image.dtype)
+
+    def noisy(self, batch: Any, point: Point, noise: Tensor | None = None) -> Tensor:
+        """Images with noise of a level in them."""
+        signal, strength = self.schedule.at(point.level)
+        return signal * batch["image"] + strength * (
+            self.noise_of(batch, point) if noise is None else noise
+        )
+
+    def predicted(self, model: nn.Module, noisy: Tensor, level: Level, batch: Any) -> Tensor:
+        """What the network says of noisy images at a level, `[b, ...]`."""
+        levels = noisy.new_full((len(noisy),), level)
+        if isinstance(self.schedule, Discrete):
+            levels = levels.long()
+        said = self.call(model, noisy, levels, batch.get("condition"))
+        if said.shape != noisy.shape:
+            raise TaskError(
+                f"the network gives {tuple(said.shape)} for images of shape {tuple(noisy.shape)}: "
+                "pass call= to pick its prediction, without a learned variance"
+            )
+        return said
+
+    def target(self, image: Tensor, noise: Tensor, level: Level) -> Tensor:
+        """What the network should say."""
+        if self.prediction == "epsilon":
+            return noise
+        if self.prediction == "x0":
+            return image
+        signal, strength = self.schedule.at(level)
+        return signal * noise - strength * image
+
+    def clean(self, noisy: Tensor, said: Tensor, level: Level) -> Tensor:
+        """The clean image that a prediction amounts to."""
+        if self.prediction == "x0":
+            return said
+        signal, strength = self.schedule.at(level)
+        if self.prediction == "v":
+            return signal * noisy - strength * said
+        return (noisy - strength * said) / signal
+
+    def outputs(self, model: nn.Module, batch: Any) -> Tensor:
+        """Predictions at every point, `[b, points, pixels]`."""
+        self._require(batch)
+        said = [
+            self.predicted(model, self.noisy(batch, point), point.level, batch).flatten(1)
+            for point in self.points
+        ]
+        return torch.stack(said, 1)
+
+    def loss(self, outputs: Tensor, batch: Any) -> Tensor:
+        """Weighted squared error of each example, `[b]`."""
+        return self.errors(outputs, batch).mean(1)
+
+    def errors(self, outputs: Tensor, batch: Any) -> Tensor:
+        """Weighted squared error at every point, `[b, points]`."""
+        found = []
+        for place, point in enumerate(self.points):
+            target = self.target(batch["image"], self.noise_of(batch, point), point.level)
+            error = (outputs[:, place] - target.flatten(1)).square().mean(-1)
+            found.append(self.schedule.weight(point.level) * error)
+        return torch.stack(found, 1)
+
+    def sample(
+        self, outputs: Tensor, batch: Any, generator: torch.Generator
+    ) -> tuple[Tensor, Tensor]:
+        """Targets from a Gaussian around the prediction; weights one.
+
+        The loss is twice as large as the negative log-likelihood of a Gaussian of the variance
+        `points · pixels / weight`, which is the one that targets are drawn from here.
+        """
+        noise = torch.randn(outputs.shape, generator=generator, device=outputs.device)
+        scale = self._scales(outputs).rsqrt() * (0.5**0.5)
+        return outputs + noise.to(outputs.dtype) * scale[:, None], outputs.new_ones(len(outputs))
+
+    def loss_at(self, outputs: Tensor, batch: Any, targets: Tensor, weights: Tensor) -> Tensor:
+        """Weighted squared error of each example at other targets, `[b]`."""
+        squares = (outputs - targets).square().sum(-1)  # [b, points]
+        return weights * (squares * self._scales(outputs)).sum(-1)
+
+    def link(self, model: nn.Module, batch: Any) -> tuple[Tensor, Tensor]:
+        """Minus the loss, with weight one: TRAK for diffusion compares gradients of the loss."""
+        loss = self(model, batch)
+        return -loss, torch.ones_like(loss).detach()
+
+    def terms(self, model: nn.Module, batch: Any) -> Iterator[tuple[Point, Tensor, Tensor, Tensor]]:
+        """Point, noisy images, noise and prediction, one point at a time."""
+        self._require(batch)
+        for point in self.points:
+            noise = self.noise_of(batch, point)
+            noisy = self.noisy(batch, point, noise)
+            yield point, noisy, noise, self.predicted(model, noisy, point.level, batch)
+
+    def _scales(self, outputs: Tensor) -> Tensor:
+        """Factor of every squared number in the loss, `[points]`."""
+        weights = [self.schedule.weight(point.level) for point in self.points]
+        return outputs.new_tensor(weights) / (outputs.shape[1] * outputs.shape[2])
+
+    def _keys(self, batch: Any) -> Tensor:
+        return batch["key"] * 0 if self.noise == "shared" else batch["key"]
+
+    def _require(self, batch: Any) -> None:
+        if not hasattr(batch, "keys") or not {"image", "key"} <= set(batch):
+            raise DataError(
+                "a batch of a diffusion task is a dict with 'image' and 'key': make the dataset "
+                "with forebear.images(pixels, condition)"
+            )
+
+
+def _plain_call(model: nn.Module, noisy: Tensor, levels: Tensor, condition: Any) -> Tensor:
+    said = model(noisy, levels) if condition is None else model(noisy, levels, condition)
+    return said.sample if hasattr(said, "sample") and not isinstance(said, Tensor) else said
