@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from forebear.tasks.noise import FIRST, SECOND, STEP, gaussian, mixed
+from forebear.tasks.noise import FIRST, SECOND, STEP, gaussian, mixed, uniform
 
 KEYS = torch.arange(4000)
 
@@ -69,3 +69,9 @@ def test_batch_and_order_make_no_difference(keys: list[int], start: int, level: 
 def test_precision_only_rounds() -> None:
     double = gaussian(KEYS, (3,), 1.0, dtype=torch.float64)
     assert torch.equal(gaussian(KEYS, (3,), 1.0), double.float())
+
+
+def test_uniform_numbers_are_uniform() -> None:
+    numbers = uniform(torch.arange(20000), 3.0).numpy()
+    assert stats.kstest(numbers, "uniform").pvalue > 1e-3
+    assert abs(np.corrcoef(numbers[1:], numbers[:-1])[0, 1]) < 0.03

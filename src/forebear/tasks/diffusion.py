@@ -1,13 +1,14 @@
 """Denoising diffusion: the loss of a network that takes noise off images."""
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
 
 from forebear.errors import DataError, TaskError, unknown_name
-from forebear.tasks.noise import gaussian
+from forebear.tasks.noise import gaussian, uniform
 from forebear.tasks.objective import Objective
 from forebear.tasks.schedules import Continuous, Discrete, Level, Schedule
 
@@ -20,6 +21,10 @@ Call = Callable[[nn.Module, Tensor, Tensor, Any], Tensor]
 
 RANGE = 4.0
 """Images whose pixels exceed this in size are not scaled as a diffusion model expects them."""
+
+
+LEVELS, PIXELS = 1.0, 2.0
+"""What of a moment is drawn: keeps the level apart from the noise."""
 
 
 class Point(NamedTuple):
@@ -146,9 +151,11 @@ class Denoising(Objective):
             self.noise_of(batch, point) if noise is None else noise
         )
 
-    def predicted(self, model: nn.Module, noisy: Tensor, level: Level, batch: Any) -> Tensor:
-        """What the network says of noisy images at a level, `[b, ...]`."""
-        levels = noisy.new_full((len(noisy),), level)
+    def predicted(
+        self, model: nn.Module, noisy: Tensor, level: Level | Tensor, batch: Any
+    ) -> Tensor:
+        """What the network says of noisy images at a level, or at one each `[b]`; `[b, ...]`."""
+        levels = level if isinstance(level, Tensor) else noisy.new_full((len(noisy),), level)
         if isinstance(self.schedule, Discrete):
             levels = levels.long()
         said = self.call(model, noisy, levels, batch.get("condition"))
@@ -229,6 +236,15 @@ class Denoising(Objective):
             noisy = self.noisy(batch, point, noise)
             yield point, noisy, noise, self.predicted(model, noisy, point.level, batch)
 
+    def training(self, *, location: float = -1.2, spread: float = 1.2) -> "DenoisingTraining":
+        """The loss to train with: one random level and noise for each example at every visit.
+
+        Args:
+            location: mean of the logarithm of the noise scale, for `Continuous` schedules.
+            spread: its standard deviation.
+        """
+        return DenoisingTraining(self, location, spread)
+
     def _scales(self, outputs: Tensor) -> Tensor:
         """Factor of every squared number in the loss, `[points]`."""
         weights = [self.schedule.weight(point.level) for point in self.points]
@@ -243,6 +259,55 @@ class Denoising(Objective):
                 "a batch of a diffusion task is a dict with 'image' and 'key': make the dataset "
                 "with forebear.images(pixels, condition)"
             )
+
+
+@dataclass(frozen=True)
+class DenoisingTraining:
+    """The loss that a denoising network is trained with: `loss(model, batch) -> [b]`.
+
+    Each example has a level and noise of its own, which belong to `batch["moment"]` `[b]`: a
+    `Recipe` puts it there, other at every epoch and seed, and the same for all subsets.
+
+    Attributes:
+        loss: what is trained.
+        location: mean of the logarithm of the noise scale, for `Continuous` schedules; timesteps
+            of a `Discrete` schedule are all as likely.
+        spread: its standard deviation.
+    """
+
+    loss: Denoising
+    location: float = -1.2
+    spread: float = 1.2
+    random = True
+    name = "denoising_training"
+
+    def __call__(self, model: nn.Module, batch: Any) -> Tensor:
+        """Weighted squared error of each example at its moment, `[b]`."""
+        if "moment" not in batch:
+            raise TaskError(
+                "this loss draws noise for each visit of an example, and the batch has no "
+                "'moment': train with a Recipe, and attribute the loss it was made from"
+            )
+        image, moment, schedule = batch["image"], batch["moment"], self.loss.schedule
+        around = (len(image), *[1] * (image.ndim - 1))
+        noise = gaussian(moment, tuple(image.shape[1:]), PIXELS, dtype=image.dtype)
+        if isinstance(schedule, Discrete):
+            level = (uniform(moment, LEVELS) * len(schedule)).ceil().long() - 1
+            kept = schedule.tensor.to(image.device)[level]
+            signal, strength = kept.sqrt().to(image), (1 - kept).sqrt().to(image)
+            weight = torch.ones_like(signal)
+        elif isinstance(schedule, Continuous):
+            drawn = gaussian(moment, (1,), LEVELS, dtype=image.dtype)[:, 0]
+            level = strength = (self.location + self.spread * drawn).exp()
+            signal, spread = torch.ones_like(level), schedule.deviation
+            weight = (level**2 + spread**2) / (level * spread) ** 2
+        else:
+            raise TaskError(f"{type(schedule).__name__} cannot be trained with: write a loss")
+        signal, strength = signal.view(around), strength.view(around)
+        noisy = signal * image + strength * noise
+        said = self.loss.predicted(model, noisy, level, batch)
+        wanted = {"epsilon": noise, "x0": image, "v": signal * noise - strength * image}
+        return weight * (said - wanted[self.loss.prediction]).square().flatten(1).mean(1)
 
 
 def _plain_call(model: nn.Module, noisy: Tensor, levels: Tensor, condition: Any) -> Tensor:

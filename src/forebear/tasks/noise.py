@@ -29,9 +29,7 @@ def gaussian(
         coordinates: what else the noise belongs to: a seed, a level, the number of a draw.
         dtype: of the result; the numbers are the same up to rounding.
     """
-    state = keys.to(torch.int64)
-    for coordinate in coordinates:
-        state = mixed(state ^ _bits(coordinate))
+    state = _state(keys, coordinates)
     size = math.prod(shape)
     half = -(-size // 2)
     counters = torch.arange(1, half + 1, device=keys.device) * STEP
@@ -44,11 +42,34 @@ def gaussian(
     return both[:, :size].reshape(len(keys), *shape).to(dtype)
 
 
+def uniform(keys: Tensor, *coordinates: float) -> Tensor:
+    """Numbers above 0 and up to 1, `[b]`, in double precision; see `gaussian`."""
+    return _uniform(mixed(_state(keys, coordinates) ^ FIRST))
+
+
+def moments(keys: Tensor, seed: int | Tensor, epoch: int) -> Tensor:
+    """Integers that belong to a visit of an example in training, of the shape of `keys`.
+
+    Args:
+        keys: of the examples.
+        seed: of the training; of each, in a shape that broadcasts.
+        epoch: number of the visit.
+    """
+    return mixed(mixed(mixed(keys.to(torch.int64)) ^ seed) ^ epoch)
+
+
 def mixed(state: Tensor) -> Tensor:
     """The finalizer of splitmix64: every bit of the result depends on every bit of `state`."""
     state = (state ^ _shifted(state, 30)) * FIRST
     state = (state ^ _shifted(state, 27)) * SECOND
     return state ^ _shifted(state, 31)
+
+
+def _state(keys: Tensor, coordinates: tuple[float, ...]) -> Tensor:
+    state = keys.to(torch.int64)
+    for coordinate in coordinates:
+        state = mixed(state ^ _bits(coordinate))
+    return state
 
 
 def _shifted(state: Tensor, by: int) -> Tensor:

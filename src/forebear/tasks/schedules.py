@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Protocol
 
 import torch
@@ -72,6 +73,11 @@ class Discrete:
 
     def __len__(self) -> int:
         return len(self.signal)
+
+    @cached_property
+    def tensor(self) -> Tensor:
+        """`[T]` in double precision."""
+        return torch.tensor(self.signal, dtype=torch.float64)
 
     def at(self, level: Level) -> tuple[float, float]:
         """`√ᾱ_t` and `√(1 − ᾱ_t)`."""

@@ -1,7 +1,7 @@
 """Many small trainings as one: the members of an ensemble are stacked and trained together."""
 
 import copy
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +14,7 @@ from forebear.errors import DataError, TaskError
 from forebear.progress import track
 from forebear.task import Loss, per_example
 from forebear.training import schedule
-from forebear.training.recipe import Recipe, diverged, seeded
+from forebear.training.recipe import Recipe, diverged, seeded, stamped
 from forebear.training.stacked import (
     Call,
     Gradients,
@@ -216,14 +216,21 @@ class _Chunk:
             for step in range(steps):
                 factor = schedule.rate_factor(self.recipe.schedule, epoch * steps + step, total)
                 self.stack.optimizer.param_groups[0]["lr"] = self.recipe.learning_rate * factor
-                self.stack.step(gradients, self.data, rows[step], self.batches.weights[step])
+                stamp = self.stamp(epoch)
+                self.stack.step(gradients, self.data, rows[step], self.batches.weights[step], stamp)
             yield
 
     def probe(self, gradients: Gradients) -> None:
         """The gradients of one step, to see whether the model can be stacked."""
         orders = [next(schedule.epoch_orders(len(self.data), 1, seed)) for seed in self.seeds]
         rows = self.batches.epoch(torch.stack(orders))[0]
-        self.stack.set_gradients(gradients, self.data, rows, self.batches.weights[0])
+        weights = self.batches.weights[0]
+        self.stack.set_gradients(gradients, self.data, rows, weights, self.stamp(0))
+
+    def stamp(self, epoch: int) -> Callable[[Any], Any]:
+        """What marks the examples of a batch `[m, width]` with the moment of their visit."""
+        seeds = torch.tensor(self.seeds)[:, None]
+        return lambda batch: stamped(batch, self.recipe.loss, seeds, epoch)
 
 
 def _why_not(recipe: Recipe, data: Data | None, model: nn.Module) -> str | None:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from forebear.data import Data, batch_length, map_tensors
 from forebear.errors import NonFiniteError, TaskError, unknown_name
 from forebear.task import Checkpoint, Loss, per_example, state_hash
+from forebear.tasks.noise import moments
 from forebear.training.schedule import (
     SCHEDULES,
     epoch_batches,
@@ -190,17 +191,33 @@ class Recipe:
         total = self.epochs * steps_per_epoch(int(mask.sum()), self.batch_size)
         model.train()
         step = 0
-        for permutation in epoch_orders(len(data), self.epochs, seed):
+        for epoch, permutation in enumerate(epoch_orders(len(data), self.epochs, seed)):
             for rows in epoch_batches(permutation, mask, self.batch_size):
                 rate = self.learning_rate * rate_factor(self.schedule, step, total)
                 optimizer.param_groups[0]["lr"] = rate
                 batch = map_tensors(lambda t: t.to(device), data.batch(rows))
+                batch = stamped(batch, self.loss, seed, epoch)
                 optimizer.zero_grad()
                 losses = per_example(self.loss(model, batch), batch_length(batch), "the loss")
                 losses.mean().backward()
                 optimizer.step()
                 step += 1
                 yield rate
+
+
+def stamped(batch: Any, loss: Loss, seed: int | Tensor, epoch: int) -> Any:
+    """The batch with the moment of each example's visit, for losses that draw random numbers.
+
+    Such a loss has an attribute `random` that is true, and its examples have a `key`.
+    """
+    if not getattr(loss, "random", False):
+        return batch
+    if not hasattr(batch, "keys") or "key" not in batch:
+        raise TaskError(
+            f"{name_of(loss)} draws noise that belongs to examples, and they have no 'key': make "
+            "the dataset with forebear.images"
+        )
+    return {**batch, "moment": moments(batch["key"], seed, epoch)}
 
 
 def optimizer_of(

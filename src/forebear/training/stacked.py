@@ -155,6 +155,7 @@ class Stack:
         data: Data,
         rows: Tensor,
         weights: Tensor,
+        stamp: Callable[[Any], Any] | None = None,
     ) -> Tensor:
         """One step of all members; the weighted losses `[m]` before it.
 
@@ -163,8 +164,9 @@ class Stack:
             data: made of tensors.
             rows: positions `[m, width]`, or `[width]` where members share them.
             weights: `[m, width]`.
+            stamp: what is done to the batch before the loss sees it.
         """
-        losses = self.set_gradients(gradients, data, rows, weights)
+        losses = self.set_gradients(gradients, data, rows, weights, stamp)
         self.optimizer.step()
         return losses
 
@@ -174,9 +176,12 @@ class Stack:
         data: Data,
         rows: Tensor,
         weights: Tensor,
+        stamp: Callable[[Any], Any] | None = None,
     ) -> Tensor:
         """The gradients of one step, without making it."""
         batch = gathered(data, rows, self._first.device)
+        if stamp is not None:
+            batch = stamp(batch)
         weights = weights.to(self._first)
         named, losses = gradients(
             self.parameters, self.buffers, batch, weights, shared=rows.ndim == 1
