@@ -12,10 +12,17 @@ METRICS = {
     "found_in_first": "forebear.metrics.mislabel:found_in_first",
     "lds": "forebear.metrics.subset_prediction:lds",
     "loo_correlation": "forebear.metrics.leave_one_out:loo_correlation",
+    "map_at": "forebear.metrics.retrieval:map_at",
     "mislabel_auc": "forebear.metrics.mislabel:mislabel_auc",
+    "mrr": "forebear.metrics.retrieval:mrr",
     "noise_ceiling": "forebear.metrics.ceiling:noise_ceiling",
+    "pixel_distance": "forebear.metrics.images:pixel_distance",
+    "precision_at": "forebear.metrics.retrieval:precision_at",
+    "recall_at": "forebear.metrics.retrieval:recall_at",
     "removal_curve": "forebear.metrics.removal:removal_curve",
+    "removal_shift": "forebear.metrics.counterfactual:removal_shift",
     "split_half_reliability": "forebear.metrics.reliability:split_half_reliability",
+    "ssim": "forebear.metrics.images:ssim",
 }
 
 
