@@ -23,7 +23,8 @@ from workloads import images, median_ratio, peak_memory_mb, plain_pass, set_thre
 
 DIMENSION = 512
 REPEATS = 5
-PARTS = ["build 10000", "build 50000", "memory 10000", "memory 100000", "read"]
+PARTS = ["build 10000", "build 50000", "transformer", "memory 10000", "memory 100000", "read"]
+SEQUENCES, TOKENS = 1024, 64
 
 
 def main() -> None:
@@ -55,6 +56,8 @@ def run(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """One part."""
     if options.child == "read":
         return read(folder, options.rows)
+    if options.child == "transformer":
+        return transformer(folder)
     what, size = options.child.split()
     return {"build": build, "memory": memory}[what](folder, int(size))
 
@@ -91,6 +94,43 @@ def build(folder: Path, size: int) -> dict[str, Any]:
     methods = {"loss": method(), "trak": fb.TRAK(dimension=DIMENSION)}
     dtypes = ("bfloat16", "int8")
     return {f"{name} {dtype}": timed(methods[name], dtype) for name in methods for dtype in dtypes}
+
+
+def transformer(folder: Path) -> dict[str, Any]:
+    """The same for a language model of four layers, about 512 numbers for each sequence."""
+    import torch
+    from planning import Transformer
+
+    import forebear as fb
+    from forebear.methods.features import build_store
+    from forebear.projections import TensorSketch, TwoSided
+
+    torch.manual_seed(0)
+    model = Transformer(width=256)
+    train = {"input_ids": torch.randint(1024, (SEQUENCES, TOKENS))}
+    task = fb.Task(model, fb.losses.causal_lm)
+    parameters = list(model.parameters())
+    count = itertools.count()
+
+    def plain() -> float:
+        start = time.perf_counter()
+        for tokens in train["input_ids"].split(64):
+            loss = task.losses(model, {"input_ids": tokens}).mean()
+            torch.autograd.grad(loss, parameters)
+        return time.perf_counter() - start
+
+    found: dict[str, Any] = {}
+    for name, projection in {"two sides": TwoSided(20), "sketch": TensorSketch(DIMENSION)}.items():
+        chosen = fb.Influence(projection=projection)
+        ratios = []
+        for _ in range(REPEATS + 1):  # the first pays for allocation
+            before, start = plain(), time.perf_counter()
+            store = build_store(chosen, task, train, folder / str(next(count)), batch_size=64)
+            seconds = time.perf_counter() - start
+            ratios.append(seconds / statistics.median([before, plain()]))
+        passes = round(statistics.median(ratios[1:]), 3)
+        found[name] = {"passes": passes, "dimension": store.dimension}
+    return found
 
 
 class Repeated:

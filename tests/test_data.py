@@ -218,3 +218,13 @@ def test_numbers_that_are_not_finite_are_named_by_id() -> None:
     require_finite(X, "loss")
     huge = torch.full((4,), 3e38)  # their sum overflows and none of them does
     require_finite(huge, "loss")
+
+
+def test_selected_examples_keep_ids_and_collate() -> None:
+    positions = torch.tensor([1, 3])
+    columns = Data((torch.arange(4), torch.arange(4) * 2.0), ids=list("abcd")).select(positions)
+    assert columns.ids.tolist() == ["b", "d"]
+    assert [column.tolist() for column in columns.batch(slice(0, 2))] == [[1, 3], [2.0, 6.0]]
+    listed = Data([10, 11, 12, 13], collate=sum).select(positions)
+    assert listed.batch(slice(0, 2)) == 24
+    assert listed.ids.tolist() == [1, 3]

@@ -131,7 +131,8 @@ def _blocks_of(
         return
     weight, bias = local.get("weight"), local.get("bias")
     if weight is not None:
-        rows, cols = rule.to_matrix(weight).shape
+        # Without its values, which may be spread over processes.
+        rows, cols = rule.to_matrix(torch.empty(weight.shape, device="meta")).shape
         if bias is not None and not tied:
             params, shapes = (names["weight"], names["bias"]), (weight.shape, bias.shape)
             joint = Block(module or names["weight"], rows, cols + 1, params, shapes, rule)

@@ -19,10 +19,13 @@ from forebear.blocks import Block, Plan, Use
 from forebear.data import batch_length, map_tensors, require_finite
 from forebear.errors import TaskError
 from forebear.layers import Factors, vector
+from forebear.sharding import agreement, require_whole, to_shards
 from forebear.task import Task, per_example
 
 Function = Callable[[nn.Module, Any], Tensor]
 """`(model, batch) -> [b]`: what is differentiated."""
+
+HALF = (torch.float16, torch.bfloat16)
 
 Gradients = dict[str, list[Factors]]
 """Per-example gradients of a batch: for each block, terms whose sum is its gradient."""
@@ -65,12 +68,14 @@ class Capture:
     Attributes:
         failed: blocks that could not be captured, while their plan is still being checked; with a
             checked plan the same is an error.
+        half: blocks whose layers computed in float16 or bfloat16.
     """
 
     def __init__(self, task: Task, plan: Plan) -> None:
         self.task = task
         self.plan = plan
         self.failed: set[str] = set()
+        self.half: set[str] = set()
         self._uses: dict[str, list[Use]] = {}
         for use in plan.uses:
             self._uses.setdefault(use.module, []).append(use)
@@ -104,19 +109,30 @@ class Capture:
             TaskError: the values are not `[b]`, or an input was overwritten before its use.
             NonFiniteError: a value or gradient is NaN or infinite; `rows` has the positions.
         """
+
+        def again() -> None:
+            with Capture(self.task, self.plan) as capture:
+                # What the function remembers of its last batch must stay.
+                capture._gradients(getattr(function, "forgetful", function), batch)
+
+        kind = getattr(function, "__qualname__", type(function).__qualname__)
+        return self.task.in_step(kind, lambda: self._gradients(function, batch), again)
+
+    def _gradients(self, function: Function, batch: Any) -> tuple[Tensor, Gradients]:
         batch = map_tensors(lambda t: t.detach().to(self.task.device), batch)
         if self.plan.fallback and hasattr(function, "prepare"):
             # The fallback calls the function again, and it must draw the same.
             batch = function.prepare(self.task.model, batch)  # type: ignore[attr-defined]
         self._size = batch_length(batch)
         self._calls, self._active = [], True
-        try:
-            with torch.enable_grad(), only_these_need_gradients(self.task.model, ()):
-                values = per_example(function(self.task.model, batch), self._size, "the loss")
-        finally:
-            self._active = False
-        calls, self._calls = self._calls, []
-        require_finite(values.detach(), "loss")
+        with agreement(self.task.model):
+            try:
+                with torch.enable_grad(), only_these_need_gradients(self.task.model, ()):
+                    values = per_example(function(self.task.model, batch), self._size, "the loss")
+            finally:
+                self._active = False
+            calls, self._calls = self._calls, []
+            require_finite(values.detach(), "loss")
         if values.requires_grad and calls:
             self._backward(values.sum(), calls)
         gradients: Gradients = {name: [] for name in self.plan.blocks}
@@ -162,6 +178,8 @@ class Capture:
                 self._fail(name, f"{first}: examples must be the first dimension")
                 return None
             call = _Call(name, a.detach(), a._version)
+            if output.dtype in HALF:
+                self.half.update(use.block for use in self._uses[name])
             if not output.requires_grad:
                 output = _Anchor.apply(output, self._anchor)  # type: ignore[assignment]
             # A tensor hook set now sees the gradient at this value even when a later operation
@@ -247,8 +265,10 @@ class Capture:
 
     def _zero(self, block: Block) -> Factors:
         parameter = self.task.model.get_parameter(block.parameters[0])
-        empty = _at_least_float32(parameter.detach()).new_empty
-        return Factors(empty(self._size, 0, block.rows), empty(self._size, 0, block.cols))
+        # Not from the parameter itself, which may be spread over processes.
+        like = _at_least_float32(torch.empty(0, dtype=parameter.dtype, device=parameter.device))
+        rows = like.new_empty(self._size, 0, block.rows)
+        return Factors(rows, like.new_empty(self._size, 0, block.cols))
 
 
 def per_example_gradients(
@@ -317,6 +337,7 @@ class Wrapped(nn.Module):
 
     def __init__(self, model: nn.Module, function: Function) -> None:
         super().__init__()
+        require_whole(model)
         self.model = model
         self.function = function
 
@@ -326,8 +347,22 @@ class Wrapped(nn.Module):
 
 
 @contextmanager
-def only_these_need_gradients(model: nn.Module, names: tuple[str, ...]) -> Iterator[list[Tensor]]:
-    """Only the parameters called `names` require gradients inside the block."""
+def only_these_need_gradients(
+    model: nn.Module, names: tuple[str, ...], *, shards: bool = False
+) -> Iterator[list[Tensor]]:
+    """Only the parameters called `names` require gradients inside the block.
+
+    Args:
+        model: whose parameters they are.
+        names: may be none.
+        shards: the caller knows what to do with parameters that are sharded over processes.
+
+    Raises:
+        TaskError: they are, and the caller does not.
+    """
+    if names and not shards:
+        require_whole(model)
+    to_shards(model)  # whole ones would be other parameters than those that follow
     before = {p: p.requires_grad for p in model.parameters()}
     named = dict(model.named_parameters()) if names else {}
     try:
@@ -367,5 +402,4 @@ def _merge(terms: list[Factors], block: Block) -> list[Factors]:
 
 
 def _at_least_float32(x: Tensor) -> Tensor:
-    half = x.is_floating_point() and x.dtype in (torch.float16, torch.bfloat16)
-    return x.float() if half else x
+    return x.float() if x.dtype in HALF else x

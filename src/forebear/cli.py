@@ -11,7 +11,7 @@ import typer
 from typer.core import TyperGroup
 from typer.exceptions import Abort, TyperException
 
-from forebear.commands import store
+from forebear.commands import index, plan, search, serve, store
 from forebear.commands.machine import examine, installed
 from forebear.commands.options import examples, settings_of
 from forebear.commands.results import print_results, print_study, print_top
@@ -230,14 +230,18 @@ def report(
     epilog=examples(
         "forebear study final-model",
         "forebear study final-model --task digits --out runs/digits",
+        "forebear study diffusion --task digits-edm",
         "forebear study removal --quick",
     )
 )
 def study(
-    name: Annotated[str, typer.Argument(metavar="STUDY", help="final-model, hessians or removal.")],
+    name: Annotated[str, typer.Argument(metavar="STUDY", help="diffusion, final-model, hessians or removal.")],
     task: Annotated[
         str | None,
-        typer.Option(help="For final-model: breast_cancer, diabetes, digits, text or a FILE.py."),
+        typer.Option(
+            help="For final-model: breast_cancer, diabetes, digits, text or a FILE.py. For "
+            "diffusion: digits-eps, digits-edm or fashion."
+        ),
     ] = None,
     out: Annotated[
         Path | None, typer.Option(help="Folder to write; runs/study-... when left out.")
@@ -263,6 +267,12 @@ def study(
     with progress():
         result = run(name, folder, **options)
     print_study(result, folder)
+
+
+app.command("index", epilog=index.EPILOG)(index.index)
+app.command("search", epilog=search.EPILOG)(search.search)
+app.command("serve", epilog=serve.EPILOG)(serve.serve)
+app.command("plan", epilog=plan.EPILOG)(plan.plan)
 
 
 @app.command(epilog=examples("forebear methods", "forebear methods --json"))

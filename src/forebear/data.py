@@ -110,6 +110,14 @@ class Data:
             part.dataset = Subset(self.dataset, range(len(self))[rows])  # type: ignore[arg-type]
         return part
 
+    def select(self, positions: Tensor) -> "Data":
+        """The examples at `positions` `[m]`, with their ids."""
+        if self.columns is not None:
+            dataset = map_tensors(lambda c: c[positions.to(c.device)], self.columns)
+        else:
+            dataset = Subset(self.dataset, positions.tolist())  # type: ignore[arg-type]
+        return Data(dataset, ids=self.ids[positions.numpy()], collate=self.own_collate)
+
     @cached_property
     def fingerprint(self) -> str:
         """SHA-256 of the content, independent of how it is batched and collated."""

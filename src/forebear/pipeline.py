@@ -1,17 +1,12 @@
 """Joining tasks, methods, ground truth and run folders."""
 
-import importlib.util
 import platform
-import sys
 import time
-import uuid
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from statistics import median
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -20,8 +15,11 @@ import torch
 from forebear import methods, metrics
 from forebear.data import Data, map_tensors
 from forebear.errors import DataError, FormatError, MismatchError
+from forebear.executors import Executor
+from forebear.methods.features import build_store, query_features
 from forebear.methods.fitted import Fitted, require_same_state, version
 from forebear.methods.settings import method_of, settings_of
+from forebear.methods.stored import fit_store
 from forebear.run import (
     DatasetFacts,
     Interval,
@@ -33,8 +31,12 @@ from forebear.run import (
     self_influence_path,
     top_path,
 )
+from forebear.store import Manifest, Store
+from forebear.store.manifest import NAME, StoredType
+from forebear.store.shards import path_of
 from forebear.stream import BATCH
 from forebear.task import Task
+from forebear.task_file import defined
 from forebear.training import GroundTruth
 from forebear.types import Scores, read_json, read_tensors
 
@@ -130,19 +132,106 @@ def attribute_file(path: Path, method: str, options: dict[str, Any], out: Path) 
         MismatchError: the folder holds a run of another model or data set.
     """
     configured = methods.get(method, **options)
-    with importable(path.resolve().parent):
-        module = imported(path)
-        task = module.task()
-        train = Data.of(module.train(), collate=task.collate)
-        queries = Data.of(module.queries(), collate=task.collate)
+    found = defined(path, ("task", "train", "queries"), ("examples",))
+    task = found["task"]
+    train = Data.of(found["train"], collate=task.collate)
+    queries = Data.of(found["queries"], collate=task.collate)
     run = _open_run(out, path, task, train, queries)
     result = run_method(configured, task, train, queries, out)
-    if hasattr(module, "examples"):
-        _write_texts(out, module.examples())
+    if "examples" in found:
+        _write_texts(out, found["examples"])
     others = [other for other in run.methods if other.name != result.name]
     run = replace(run, methods=[*others, result], best=result.name)
     run.save(out)
     return run
+
+
+@dataclass(frozen=True)
+class Indexed:
+    """A store of what a Python file defines.
+
+    Attributes:
+        store: with the method's state beside it.
+        rows: how many of its rows were written now; the others were there.
+        seconds: that took, the method's state included.
+        recalls: what each index says of itself, by kind.
+    """
+
+    store: Store
+    rows: int
+    seconds: float
+    recalls: dict[str, str] = field(default_factory=dict)
+
+
+def index_file(
+    path: Path,
+    method: str,
+    options: dict[str, Any],
+    out: Path,
+    *,
+    dtype: StoredType = "bfloat16",
+    shard_rows: int = 0,
+    batch_size: int = BATCH,
+    executor: Executor | None = None,
+    kinds: Sequence[str] = (),
+    recall: float | None = None,
+) -> Indexed:
+    """Store the features of the training examples that a Python file defines, and index them.
+
+    The file defines `task()` and `train()`; it may define `ids()`, an id for each example,
+    `columns()`, values to filter by, by name, and `queries()`, which recall is then measured with.
+    Stopped halfway, the same call goes on where it stopped.
+
+    Raises:
+        TaskError: the method has no explicit feature.
+        MismatchError: the folder holds a store of another model, dataset or method.
+    """
+    configured = methods.get(method, **options)
+    asked = ("queries",) if kinds else ()
+    found = defined(path, ("task", "train"), ("ids", "columns", *asked))
+    task = found["task"]
+    train = Data.of(found["train"], ids=found.get("ids"), collate=task.collate)
+    there, started = _rows_there(out), time.perf_counter()
+    store = build_store(
+        configured,
+        task,
+        train,
+        out,
+        dtype=dtype,
+        shard_rows=shard_rows,
+        columns=found.get("columns"),
+        batch_size=batch_size,
+        executor=executor,
+    )
+    fitted = fit_store(configured, task, train, store)
+    seconds = time.perf_counter() - started
+    recalls = {}
+    if kinds:
+        vectors = query_features(fitted, found["queries"]) if "queries" in found else None
+        recalls = {kind: _indexed(store, kind, vectors, recall) for kind in kinds}
+    return Indexed(store, len(store) - there, seconds, recalls)
+
+
+def _rows_there(folder: Path) -> int:
+    """Rows that an earlier build left."""
+    if not (folder / NAME).exists():
+        return 0
+    manifest = Manifest.read(folder)
+    rows = [manifest.rows_of(n) for n in range(manifest.shards) if path_of(folder, n).exists()]
+    return sum(part.stop - part.start for part in rows)
+
+
+def _indexed(store: Store, kind: str, queries: Any, recall: float | None) -> str:
+    """What an index says of its recall; one that is there and good enough is kept."""
+    from forebear import index
+
+    try:
+        there = index.open(store, kind)
+        if recall is None or there.recall.mean >= recall:
+            return str(there.recall)
+    except (FormatError, MismatchError):
+        pass
+    return str(index.build(store, kind, queries=queries, recall_at_least=recall).recall)
 
 
 def run_method(
@@ -261,38 +350,6 @@ def now() -> str:
 
 def _to(batch: Any, device: torch.device) -> Any:
     return map_tensors(lambda t: t.to(device), batch)
-
-
-@contextmanager
-def importable(folder: Path) -> Iterator[None]:
-    """Modules beside a file can be imported by it, as when Python runs the file."""
-    sys.path.insert(0, str(folder))
-    try:
-        yield
-    finally:
-        sys.path.remove(str(folder))
-
-
-def imported(path: Path) -> ModuleType:
-    """A file as a module, always from its text.
-
-    Raises:
-        FormatError: it is not Python.
-    """
-    spec = importlib.util.spec_from_file_location(f"forebear_file_{uuid.uuid4().hex}", path)
-    if spec is None:
-        raise FormatError(f"{path} is not a Python file")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[module.__name__] = module  # dataclasses look their module up there
-    # Not by the loader: its bytecode cache takes a file edited within a second for the old one.
-    exec(compile(path.read_bytes(), str(path), "exec"), module.__dict__)
-    missing = [name for name in ("task", "train", "queries") if not hasattr(module, name)]
-    if missing:
-        raise FormatError(
-            f"{path} does not define {', '.join(f'{name}()' for name in missing)}: it must define "
-            "task(), train() and queries()"
-        )
-    return module
 
 
 def _open_run(out: Path, path: Path, task: Task, train: Data, queries: Data) -> Run:

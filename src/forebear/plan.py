@@ -12,6 +12,7 @@ from forebear.data import Data, map_tensors, naming
 from forebear.errors import CoverageWarning, TaskError
 from forebear.gradients import materialise
 from forebear.layers import Factors
+from forebear.sharding import is_sharded, shards_of_gradients, whole
 from forebear.task import Task
 
 PROBE = 4  # examples in the check: enough to mix them up, cheap enough to forget
@@ -29,7 +30,8 @@ def make_plan(task: Task, data: Data) -> Plan:
     named in a `CoverageWarning`: nothing is skipped in silence.
 
     Raises:
-        TaskError: the loss is not `[b]`, or an example's loss depends on its batch.
+        TaskError: the loss is not `[b]`, or an example's loss depends on its batch; or a parameter
+            without a rule is sharded over processes.
         NonFiniteError: the loss or gradient of one of the first examples is NaN or infinite.
     """
     rows = torch.arange(PROBE) % len(data)
@@ -46,17 +48,19 @@ def make_plan(task: Task, data: Data) -> Plan:
                 _, gradients = capture.gradients(task.losses, batch)
             torch.manual_seed(0)
             truth = _autograd(task, batch, weights)
-    noise = NOISE * sum(g.double().square().sum() for g in truth.values()) ** 0.5
+    noise = NOISE * sum(whole(g.double().square().sum()) for g in truth.values()) ** 0.5
     wrong = capture.failed | {
         name
         for name, block in blocks.items()
-        if not _agrees(block, gradients[name], truth, weights, float(noise))
+        if not _agrees(
+            block, gradients[name], truth, weights, float(noise), half=name in capture.half
+        )
     }
     leftover = [p for name in wrong for p in blocks[name].parameters] + without_rule
     unchecked = tuple(
         name
         for name, block in blocks.items()
-        if name not in wrong and not any(truth[p].any() for p in block.parameters)
+        if name not in wrong and not any(whole(truth[p]).any() for p in block.parameters)
     )
     return _complete(task, blocks, uses, wrong, leftover, unchecked)
 
@@ -73,6 +77,12 @@ def _complete(
     leftover = [name for name in parameters if name in leftover]
     unseen = [name for name in leftover if parameters[name].numel() > FALLBACK_LIMIT]
     fallback = [name for name in leftover if name not in unseen]
+    if fallback and is_sharded(task.model):
+        raise TaskError(
+            f"no layer rule sees {', '.join(fallback)}, and what is differentiated example by "
+            "example must not be sharded over processes: exclude it with layers=, or add a layer "
+            "rule"
+        )
     kept = {name: block for name, block in blocks.items() if name not in wrong}
     for name in fallback:
         shape = parameters[name].shape
@@ -104,23 +114,32 @@ def _complete(
 
 def _autograd(task: Task, batch: Any, weights: Tensor) -> dict[str, Tensor]:
     names = tuple(task.selected_parameters())
-    with torch.enable_grad(), only_these_need_gradients(task.model, names) as parameters:
+    these = only_these_need_gradients(task.model, names, shards=True)
+    with torch.enable_grad(), these as parameters:
         losses = task.losses(task.model, batch)
         if not losses.requires_grad:
             raise TaskError(
                 "the loss does not depend on any selected parameter: is it computed under "
                 "torch.no_grad() or from detached outputs?"
             )
-        grads = dense_gradients((weights.to(losses.dtype) * losses).sum(), parameters)
+        total = (weights.to(losses.dtype) * losses).sum()
+        differentiate = shards_of_gradients if is_sharded(task.model) else dense_gradients
+        grads = differentiate(total, parameters)
     return dict(zip(names, grads, strict=True))
 
 
 def _agrees(
-    block: Block, terms: list[Factors], truth: dict[str, Tensor], weights: Tensor, noise: float
+    block: Block,
+    terms: list[Factors],
+    truth: dict[str, Tensor],
+    weights: Tensor,
+    noise: float,
+    *,
+    half: bool,
 ) -> bool:
-    expected = block.matrix(truth).double()
+    # Of a sharded model only one block at a time is whole.
+    expected = block.matrix({p: whole(truth[p]) for p in block.parameters}).double()
     got = torch.einsum("b,brc->rc", weights.double(), materialise(terms, block).double())
-    half = any(truth[p].dtype in (torch.float16, torch.bfloat16) for p in block.parameters)
     tolerance = HALF_TOLERANCE if half else TOLERANCE
     return bool((got - expected).norm() <= tolerance * expected.norm() + noise)
 

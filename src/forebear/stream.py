@@ -1,17 +1,27 @@
 """Streams of gradients: a dataset in order, batch by batch, in memory bounded by the batch."""
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
 
 from torch import Tensor
 
 from forebear.blocks import Plan
 from forebear.capture import Capture, Function, Gradients
 from forebear.data import Batch, Data, naming
+from forebear.executors import Executor, InProcess, results
 from forebear.progress import track
 from forebear.task import Task
 
 BATCH = 512
+
+PIECE = 8192
+"""Examples that sums are formed over before they are added up, wherever that is done."""
+
+TOGETHER = 32
+"""Pieces whose results lie on the disk at a time, on their way from other processes."""
+
+Result = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
@@ -23,12 +33,14 @@ class Stream:
         plan: blocks to capture.
         data: what to run over.
         batch_size: examples at a time; changes no result beyond rounding.
+        executor: where single passes over the data are made; in this process when None.
     """
 
     task: Task
     plan: Plan
     data: Data
     batch_size: int = BATCH
+    executor: Executor | None = None
 
     def gradients(
         self, function: Function, description: str
@@ -53,3 +65,79 @@ class Stream:
         """Positions and batches, with a progress bar."""
         steps = -(-len(self.data) // self.batch_size)
         return track(self.data.batches(self.batch_size), description, total=steps)
+
+    def part(self, rows: slice) -> "Stream":
+        """The stream of some examples, here."""
+        return replace(self, data=self.data.slice(rows), executor=None)
+
+
+def is_elsewhere(executor: Executor | None) -> bool:
+    """Whether work is done in other processes."""
+    return executor is not None and not isinstance(executor, InProcess)
+
+
+def goes_elsewhere(stream: Any) -> bool:
+    """Whether passes over a stream are made in other processes."""
+    return is_elsewhere(getattr(stream, "executor", None))
+
+
+def stretches(size: int) -> list[slice]:
+    """Positions of the pieces of `size` examples: always the same, whoever works them out."""
+    return [slice(start, min(start + PIECE, size)) for start in range(0, size, PIECE)]
+
+
+def piecewise(
+    stream: Any, compute: Callable[[Any, int], Result], description: str
+) -> Iterator[tuple[slice, Result]]:
+    """Positions and result of every piece of a stream, in order.
+
+    Args:
+        stream: one with parts goes where its executor says; any other is one piece, done here.
+        compute: from the stream over one piece, and its number, to its result. Other processes get
+            it by pickle.
+        description: for progress bars.
+    """
+    size = len(stream.data)
+    if not hasattr(stream, "part"):
+        yield slice(0, size), compute(stream, 0)
+        return
+    rows, executor = stretches(size), stream.executor
+    each = _Pieces(stream.part(slice(0, size)), compute, rows)
+    if not goes_elsewhere(stream):
+        for number in track(range(len(rows)), description) if len(rows) > 1 else (0,):
+            yield rows[number], each(number)
+        return
+    for start in range(0, len(rows), TOGETHER):
+        some = replace(each, rows=rows[start : start + TOGETHER], first=start)
+        names = [f"piece-{start + number:06d}" for number in range(len(some.rows))]
+        found = results(some, names, description, executor=executor)
+        for where, result in zip(some.rows, found, strict=True):
+            # Copies: the files that they were read from will be gone.
+            device = stream.task.device
+            yield where, {name: value.to(device, copy=True) for name, value in result.items()}
+
+
+def summed(stream: Any, compute: Callable[[Any, int], Result], description: str) -> Result:
+    """Sums over a stream: those of its pieces, added up in order.
+
+    The order of additions depends neither on where pieces are worked out nor on how many workers
+    there are, so neither does the result. Arguments are those of `piecewise`.
+    """
+    total: Result = {}
+    for _, found in piecewise(stream, compute, description):
+        for name, value in found.items():
+            total[name] = total[name].add_(value) if name in total else value
+    return total
+
+
+@dataclass(frozen=True)
+class _Pieces:
+    """The results of pieces by number, which goes to other processes."""
+
+    stream: Any
+    compute: Callable[[Any, int], Result]
+    rows: list[slice]
+    first: int = 0
+
+    def __call__(self, number: int) -> Result:
+        return self.compute(self.stream.part(self.rows[number]), self.first + number)

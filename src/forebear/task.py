@@ -9,18 +9,20 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from forebear.data import batch_length
 from forebear.errors import EvaluationModeWarning, FormatError, TaskError, unknown_name
+from forebear.sharding import in_step, require_whole, spread, to_shards, whole
 from forebear.tasks.objective import Objective
 from forebear.types import read_tensors
 
 Loss = Callable[[nn.Module, Any], Tensor]
 State = Mapping[str, Tensor]
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -93,6 +95,8 @@ class Task:
             c if isinstance(c, Checkpoint) else Checkpoint(c) for c in checkpoints or ()
         )
         self.collate = collate
+        # Checkpoints that the model is at, and the weights that each of them took the place of.
+        self._moments: list[tuple[Checkpoint | None, State]] = []
         if not any(p.requires_grad for p in model.parameters()):
             raise TaskError(
                 f"{type(model).__name__} has no trainable parameter: set requires_grad on those "
@@ -107,7 +111,7 @@ class Task:
 
     def select(self, layers: str | Sequence[str] | None) -> "Task":
         """The same task restricted to other layers; the model is shared."""
-        return Task(
+        task = Task(
             self.model,
             self.loss,
             measure=self.measure,
@@ -115,6 +119,25 @@ class Task:
             checkpoints=self.checkpoints,
             collate=self.collate,
         )
+        task._moments = self._moments
+        return task
+
+    def asking(self, measure: Loss | None) -> "Task":
+        """The same task with another measurement; the model is shared."""
+        task = Task(
+            self.model,
+            self.loss,
+            measure=measure,
+            layers=self.layers,
+            checkpoints=self.checkpoints,
+            collate=self.collate,
+        )
+        task._moments = self._moments
+        return task
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Elsewhere the weights are what they are here now, and there is no way back.
+        return {**self.__dict__, "_moments": []}
 
     def selected_modules(self) -> set[str]:
         """Names of the modules that `layers` selects, with all modules below them."""
@@ -192,32 +215,83 @@ class Task:
         try:
             yield
         finally:
+            to_shards(self.model)
             for module, mode in modes.items():
                 module.training = mode
 
     @contextmanager
     def at(self, checkpoint: Checkpoint | None) -> Iterator[None]:
-        """The model with the weights of `checkpoint` inside the block; None changes nothing."""
+        """The model with the weights of `checkpoint` inside the block; None changes nothing.
+
+        Raises:
+            TaskError: the checkpoint does not fit; or it is none of the task's own, and the model
+                is sharded over processes.
+        """
         if checkpoint is None:
             yield
             return
+        if not any(checkpoint is one for one in self.checkpoints):
+            # The parts of a sharded model must be of the same moment in all processes.
+            require_whole(self.model)
+        with self._with(checkpoint.load(), checkpoint):
+            yield
+
+    def in_step(
+        self, kind: str, compute: Callable[[], Result], again: Callable[[], object]
+    ) -> Result:
+        """Make a pass at the present weights, together with other processes of a sharded model.
+
+        Arguments are those of `forebear.sharding.in_step`.
+        """
+        moment = self._moments[-1][0] if self._moments else None
+
+        def repeat() -> None:
+            with self._back_at(moment):
+                again()
+
+        number = next((i for i, one in enumerate(self.checkpoints) if one is moment), "none")
+        return in_step(self.model, f"{kind} at checkpoint {number}", compute, repeat)
+
+    @contextmanager
+    def _back_at(self, moment: Checkpoint | None) -> Iterator[None]:
+        """The weights of a checkpoint or, for None, those outside of all of them."""
+        present = self._moments[-1][0] if self._moments else None
+        if moment is present:
+            yield
+            return
+        state = self._moments[0][1] if moment is None else moment.load()
+        with self._with(state, moment):
+            yield
+
+    @contextmanager
+    def _with(self, state: State, moment: Checkpoint | None) -> Iterator[None]:
         now = {name: value.detach().clone() for name, value in self.model.state_dict().items()}
-        state = checkpoint.load()
+        self._moments.append((moment, now))
         try:
             try:
-                self.model.load_state_dict(state)  # loads what fits before it complains
+                # It loads what fits before it complains.
+                self.model.load_state_dict(spread(state, now))
             except RuntimeError as error:
                 raise TaskError(f"a checkpoint does not fit the model: {error}") from error
             yield
         finally:
+            self._moments.pop()
             self.model.load_state_dict(now)
 
     def model_hash(self) -> str:
-        """SHA-256 of the weights and buffers, by name."""
+        """SHA-256 of the weights and buffers, by name.
+
+        Of a sharded model it is that of the whole weights, which all processes must ask for.
+        """
         return state_hash(self.model.state_dict())
 
     def copy_model(self) -> nn.Module:
-        """An independent copy of the model."""
+        """An independent copy of the model.
+
+        Raises:
+            TaskError: its parameters are sharded over processes.
+        """
+        require_whole(self.model)
         return copy.deepcopy(self.model)
 
 
@@ -225,7 +299,8 @@ def state_hash(state: State) -> str:
     """SHA-256 (first 16 digits) of a state dict, by name, type, shape and content."""
     digest = hashlib.sha256()
     for name, value in sorted(state.items()):
-        value = value.detach().cpu().contiguous()
+        # One after the other: the whole of a sharded model may be more than a machine holds.
+        value = whole(value.detach()).cpu().contiguous()
         digest.update(f"{name}{value.dtype}{tuple(value.shape)}".encode())
         digest.update(value.view(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()[:16]

@@ -1,6 +1,8 @@
 """Values that travel between rooms: scores and top-k lists."""
 
 import json
+import os
+import socket
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -10,9 +12,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from forebear.errors import DataError, FormatError, MismatchError, unknown_name
+from forebear.errors import DataError, FormatError, MismatchError, TaskError, unknown_name
 
 FORMAT = 1
+
+UNSIGNED = "scores are not signed: high ones matter, low ones do not, and none are opponents"
+"""The sign of methods that square."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,8 +126,14 @@ class Scores:
 
         Raises:
             DataError: `k` is below one or above the number of training examples.
+            TaskError: opponents were asked for of scores that have no sign.
         """
         check_k(k, len(self.train_ids))
+        if opponents and self.provenance.sign == UNSIGNED:
+            raise TaskError(
+                f"{self.provenance.method} squares its scores, so there are no opponents among "
+                "them: ask a method whose scores have a sign, such as dtrak or trak"
+            )
         # A stable sort makes ties fall to the earlier example, as the streamed top-k does.
         order = torch.argsort(self.values, dim=1, descending=not opponents, stable=True)[:, :k]
         return TopK(
@@ -192,13 +203,18 @@ def require_choices(configuration: Any) -> None:
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
     """Write `content` with the format number, through a temporary name so it is whole or absent."""
-    partial = path.with_suffix(path.suffix + ".partial")
+    partial = partial_path(path)
     partial.write_text(json.dumps({"format": FORMAT, **content}, indent=1) + "\n")
     partial.replace(path)
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """Read what `write_json` wrote.
+def partial_path(path: Path) -> Path:
+    """A temporary name beside `path` that no other process uses, on this machine or another."""
+    return path.with_name(f"{path.name}.{socket.gethostname()}-{os.getpid()}.partial")
+
+
+def read_json(path: Path, newest: int = FORMAT) -> dict[str, Any]:
+    """Read what `write_json` wrote, in formats up to `newest`.
 
     Raises:
         FormatError: the file is missing, damaged or from a newer version.
@@ -212,9 +228,9 @@ def read_json(path: Path) -> dict[str, Any]:
     version = content.get("format", 0) if isinstance(content, dict) else None
     if not isinstance(version, int):
         raise FormatError(f"{path} is damaged: it is not an object with a format number")
-    if version > FORMAT:
+    if version > newest:
         raise FormatError(
-            f"{path} has format {version} and this version reads up to {FORMAT}: upgrade forebear"
+            f"{path} has format {version} and this version reads up to {newest}: upgrade forebear"
         )
     return content
 

@@ -63,3 +63,16 @@ def test_a_damaged_piece_is_named(tmp_path: Path) -> None:
     (tmp_path / "first.safetensors").write_bytes(b"nothing of the kind")
     with pytest.raises(FormatError, match=r"first\.safetensors is damaged: delete it"):
         list(results(Counting(), NAMES, "pieces", pieces=Pieces(tmp_path)))
+
+
+def test_a_piece_that_cannot_be_written_leaves_nothing_behind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(handle: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    pieces = Pieces(tmp_path)
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        pieces.write("first", {"outcomes": torch.zeros(2)})
+    assert [path.name for path in tmp_path.iterdir()] == ["work.json"]

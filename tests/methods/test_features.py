@@ -10,7 +10,8 @@ import torch
 import forebear as fb
 from forebear.curvature import Dense, Identity
 from forebear.errors import DataError, MismatchError, TaskError
-from forebear.methods.features import build_store, fit_store, query_features
+from forebear.methods.features import build_store, query_features
+from forebear.methods.stored import fit_store
 from forebear.projections import Gaussian, TwoSided
 from tests.methods.test_influence import LOSS, QUERIES, TRAIN, N, network
 

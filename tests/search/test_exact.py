@@ -16,13 +16,18 @@ from forebear.search import ArrayRows, Equals, screening, search_exact
 from forebear.search.rows import ArrayBlock
 
 TYPES = (torch.float32, torch.float16, torch.bfloat16, torch.int8)
+BY_COLUMN = "int8 with scales of columns"
 
 
 def draw(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-def stored(values: Tensor, dtype: torch.dtype, **more: Any) -> ArrayRows:
+def stored(values: Tensor, dtype: Any, **more: Any) -> ArrayRows:
+    if dtype == BY_COLUMN:
+        scales = torch.stack([part.abs().amax(1) / 127 for part in values.split(16, 1)], 1)
+        by = scales.repeat_interleave(16, 1)[:, : values.shape[1]]
+        return ArrayRows((values / by).round().to(torch.int8), scales, **more)
     if dtype != torch.int8:
         return ArrayRows(values.to(dtype), **more)
     scales = values.abs().amax(1) / 127
@@ -34,7 +39,9 @@ def matrix(rows: ArrayRows, queries: Tensor) -> np.ndarray:
     """All products `[q, n]`: numpy in double precision, rounded to float32."""
     values = rows.values.float().numpy()
     if rows.scales is not None:
-        values = values * rows.scales.numpy()[:, None]
+        scales = rows.scales.float().numpy().reshape(len(values), -1)
+        by = np.repeat(scales, 16 if scales.shape[1] > 1 else values.shape[1], 1)
+        values = values * by[:, : values.shape[1]]
     return (queries.double().numpy() @ values.astype(np.float64).T).astype(np.float32)
 
 
@@ -88,13 +95,14 @@ def test_small_whole_numbers_are_found_in_the_order_of_the_sorted_matrix(data: A
     assert (found.values.numpy() == np.take_along_axis(scores, order, 1)).all()
 
 
-@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("dtype", [*TYPES, BY_COLUMN])
 @pytest.mark.parametrize("queries", [1, 7])
 @pytest.mark.parametrize("threads", [1, 2])
 def test_screening_loses_no_row(
-    dtype: torch.dtype, queries: int, threads: int, monkeypatch: pytest.MonkeyPatch
+    dtype: Any, queries: int, threads: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    rows, asked = stored(draw(30_000, 24), dtype), draw(queries, 24, seed=1)
+    width = 40 if dtype == BY_COLUMN else 24
+    rows, asked = stored(draw(30_000, width), dtype), draw(queries, width, seed=1)
     exact, sizes = screening.Screen.exact, []
 
     def counted(self: Any, values: Tensor, scales: Tensor | None) -> Tensor:
@@ -143,6 +151,8 @@ def test_rows_that_cheap_products_cannot_tell_apart_are_told_apart(dtype: torch.
         (torch.bfloat16, (1.0, 1.0), (1.0, 2.0**-10), (1.0, 2.0**-9), None),
         # The scale is rounded.
         (torch.int8, (1.0, 1.0), (100, 0), (100, 0), (1.0, 1 + 2.0**-9)),
+        # The row is rounded after it was scaled, to (−129, −131).
+        (torch.int8, (1.0, -1.0), (9, 0), (103, 105), ((0.25,), (-1.25,))),
     ],
 )
 @pytest.mark.parametrize("size", [2048, 6000])
@@ -154,8 +164,8 @@ def test_a_row_whose_cheap_product_misleads_is_found(
     values[5000] = torch.tensor(strongest)
     factors = None
     if scales is not None:
-        factors = torch.full((6000,), scales[0])
-        factors[5000] = scales[1]
+        factors = torch.tensor(scales[:1]).repeat_interleave(6000, 0)
+        factors[5000] = torch.tensor(scales[1])
     rows = ArrayRows(values.to(dtype), factors)
     found = search_exact(Cut(rows, (size,)), torch.tensor([query] * 5), 3)
     assert (found.positions == torch.tensor([5000, 0, 1])).all()
@@ -245,3 +255,35 @@ def test_bad_input_is_refused_by_name() -> None:
             ArrayRows(asked)
     with pytest.raises(DataError, match="int8 rows need scales"):
         ArrayRows(torch.ones(3, 2, dtype=torch.int8))
+
+
+@pytest.mark.parametrize("share", [0.0, 0.1, 0.6])
+def test_rows_too_short_to_matter_are_not_multiplied(
+    share: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After the first piece, whose rows are long, `share` of the rows could reach the top."""
+    n = 12_000
+    values = torch.nn.functional.normalize(draw(n, 6), dim=1) * 0.01
+    values[:2000] *= 1000
+    values[2000:][torch.rand(n - 2000, generator=torch.Generator().manual_seed(3)) < share] *= 900
+    rows, asked = stored(values, torch.bfloat16), draw(3, 6, seed=1)
+    products, sizes = screening.Screen.products, []
+
+    def counted(self: Any, values: Tensor, scales: Tensor | None) -> Tensor:
+        sizes.append(len(values))
+        return products(self, values, scales)
+
+    monkeypatch.setattr(screening.Screen, "products", counted)
+    for opponents in (False, True):
+        sizes.clear()
+        found = search_exact(Cut(rows, (2000,)), asked, 10, opponents=opponents)
+        scores = matrix(rows, asked)
+        assert (found.positions.numpy() == sorted_rows(scores, 10, opponents)).all()
+        expected = n if share > 0.25 else 2000 + share * (n - 2000)
+        assert abs(sum(sizes) - expected) <= 0.02 * n
+    labels = np.arange(n) % 2
+    groups = search_exact(Cut(rows, (2000,)), asked, 4, group=labels)
+    for g in range(2):
+        scores = matrix(rows, asked)
+        scores[:, labels != g] = -np.inf
+        assert (groups.positions[:, g].numpy() == sorted_rows(scores, 4)).all()

@@ -7,6 +7,7 @@ from forebear.curvature.damping import (
     Damping,
     EffectiveDimension,
     Horizon,
+    NonzeroRelative,
     Relative,
     as_damping,
 )
@@ -35,6 +36,7 @@ __all__ = [
     "Identity",
     "Kronecker",
     "LiSSA",
+    "NonzeroRelative",
     "Nystrom",
     "Relative",
     "Whole",

@@ -1,12 +1,134 @@
-"""Moments and squares where an example has several gradients, one for each target."""
+"""The passes of K-FAC and EK-FAC: moments and squares of a piece of the data.
+
+An example may have several gradients, one for each target.
+"""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from forebear.capture import Function, Gradients
+from forebear.curvature.base import GradientStream
 from forebear.curvature.basis import Basis
 from forebear.curvature.moments import FactorMoments, add_gram
-from forebear.gradients import Precision
+from forebear.curvature.outputs import AllTargets, DrawnTargets, gradients_of_each
+from forebear.curvature.sampled import Sampled
+from forebear.gradients import Precision, cast, positions_of
 from forebear.layers import Factors
+
+MAX_DIMENSION = 8192
+"""Sides longer than this get a diagonal second moment: their eigenvectors would not fit."""
+
+
+@dataclass(frozen=True)
+class Targets:
+    """The targets at which gradients are taken.
+
+    Attributes:
+        kind: `"sampled"` from the model's prediction, `"exact"`: all of them, or `"empirical"`.
+        draws: sampled for each example.
+        function: the training loss.
+        seed: of the draws.
+    """
+
+    kind: str
+    draws: int
+    function: Function
+    seed: int
+
+    def gradients(
+        self, stream: GradientStream, piece: int, description: str
+    ) -> Iterator[list[Gradients]]:
+        """Batch by batch, the gradients at each target of an example."""
+        if self.kind == "exact":
+            return gradients_of_each(stream, AllTargets(stream), description)
+        if self.draws > 1:
+            drawn = DrawnTargets(stream, self.draws, self.seed, piece)
+            return gradients_of_each(stream, drawn, description)
+        function = self.function
+        if self.kind == "sampled":
+            function = Sampled(stream.task, self.seed, piece)
+        return ([g] for _, _, g in stream.gradients(function, description))
+
+
+class Kept:
+    """Factors of the training set between two passes, while they fit into `room` bytes.
+
+    In bfloat16 where squares are formed from them in that precision.
+    """
+
+    def __init__(self, room: int, precision: Precision) -> None:
+        self.room = room
+        self.precision = precision
+        self.pieces: dict[int, list[list[Gradients]]] = {}
+
+    def add(self, piece: int, several: list[Gradients]) -> None:
+        """Keep a batch; when they do not fit, nothing."""
+        if self.room < 0:
+            return
+        narrow = [self._narrow(gradients) for gradients in several]
+        self.room -= _bytes(narrow)
+        self.pieces.setdefault(piece, []).append(narrow)
+        if self.room < 0:
+            self.pieces.clear()
+
+    def of(self, piece: int) -> list[list[Gradients]] | None:
+        """The batches of a piece; None where they did not fit."""
+        return self.pieces.get(piece)
+
+    def _narrow(self, gradients: Gradients) -> Gradients:
+        if self.precision == "float32":
+            return gradients
+        return {
+            name: [cast(term, torch.bfloat16) for term in terms] if _flat(terms) else terms
+            for name, terms in gradients.items()
+        }
+
+
+def moments_of(
+    targets: Targets, reduce: bool, kept: Kept | None, stream: GradientStream, piece: int
+) -> dict[str, Tensor]:
+    """Sums of the factors' second moments over a piece, `FactorMoments.tensors` of every block.
+
+    With the number of all positions of each block, those of padding included.
+    """
+    moments: dict[str, FactorMoments] = {}
+    positions = dict.fromkeys(stream.plan.blocks, 0)
+    for several in targets.gradients(stream, piece, "curvature factors"):
+        if kept is not None:
+            kept.add(piece, several)
+        for name, block in stream.plan.blocks.items():
+            terms = [gradients[name] for gradients in several]
+            if name not in moments:
+                moments[name] = FactorMoments.start(block, terms[0], MAX_DIMENSION)
+            add_moments(moments[name], terms, reduce=reduce)
+            positions[name] += positions_of(terms[0]) * len(terms[0][0].right)
+    found: dict[str, Tensor] = {}
+    for name, sums in moments.items():
+        found |= sums.tensors(name) | {f"{name}/all_positions": torch.tensor(positions[name])}
+    return found
+
+
+def squares_of(
+    targets: Targets,
+    bases: dict[str, Basis],
+    precision: Precision,
+    kept: Kept | None,
+    stream: GradientStream,
+    piece: int,
+) -> dict[str, Tensor]:
+    """Squared gradients in a basis, summed over a piece, `[rows, cols]` of every block."""
+    totals = {name: basis.empty() for name, basis in bases.items()}
+    again: Iterable[list[Gradients]] | None = None if kept is None else kept.of(piece)
+    if again is None:
+        again = targets.gradients(stream, piece, "curvature eigenvalues")
+    for several in again:
+        for name, basis in bases.items():
+            terms = [gradients[name] for gradients in several]
+            add_squares(basis, totals[name], terms, precision)
+    return totals
 
 
 def add_moments(moments: FactorMoments, several: list[list[Factors]], *, reduce: bool) -> None:
@@ -72,3 +194,20 @@ def add_squares(
 
 def _is_flat(term: Factors) -> bool:
     return term.left.is_floating_point() and term.left.shape[1] == 1
+
+
+def _flat(terms: list[Factors]) -> bool:
+    """Whether squares are formed from factors, which bfloat16 is good enough for."""
+    return len(terms) == 1 and _is_flat(terms[0])
+
+
+def _bytes(several: list[Gradients]) -> int:
+    """Of all factors; those that are shared count once."""
+    sides = {
+        id(side): side.nbytes
+        for gradients in several
+        for terms in gradients.values()
+        for term in terms
+        for side in term
+    }
+    return sum(sides.values())

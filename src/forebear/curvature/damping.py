@@ -22,6 +22,30 @@ class Relative:
 
 
 @dataclass(frozen=True)
+class NonzeroRelative:
+    """`factor` times the mean of the eigenvalues that can differ from zero: `trace / min(n, P)`.
+
+    The second moment of n gradients of P parameters has at most n such eigenvalues. Their mean does
+    not shrink with the number of parameters beyond that, so one factor suits whole gradients and
+    projected ones.
+    """
+
+    factor: float = 1.0
+
+    def value(self, mean_eigenvalue: float) -> float:
+        """λ cannot be told from the mean eigenvalue alone.
+
+        Raises:
+            TaskError: always; curvatures that know their trace and size ask `damping_for`.
+        """
+        raise TaskError(
+            "damping=fb.NonzeroRelative(...) needs the number of examples and the trace, which "
+            "this curvature does not know: use dtrak, das, exact, ekfac, kfac or diagonal, or "
+            "fb.Relative, fb.Absolute or fb.Horizon"
+        )
+
+
+@dataclass(frozen=True)
 class Absolute:
     """The same λ for every block, in units of the curvature of the mean training loss."""
 
@@ -83,7 +107,7 @@ class EffectiveDimension:
         )
 
 
-Damping = Relative | Absolute | Horizon | EffectiveDimension
+Damping = Relative | NonzeroRelative | Absolute | Horizon | EffectiveDimension
 
 
 def as_damping(damping: float | Damping) -> Damping:
@@ -93,10 +117,10 @@ def as_damping(damping: float | Damping) -> Damping:
         DataError: it is negative, not finite, or no damping at all.
     """
     chosen = Relative(damping) if isinstance(damping, int | float) else damping
-    if not isinstance(chosen, Relative | Absolute | Horizon | EffectiveDimension):
+    if not isinstance(chosen, Damping):
         raise DataError(
-            f"damping is {damping!r}: give a number, fb.Relative, fb.Absolute, fb.Horizon or "
-            "fb.EffectiveDimension"
+            f"damping is {damping!r}: give a number, fb.Relative, fb.NonzeroRelative, fb.Absolute, "
+            "fb.Horizon or fb.EffectiveDimension"
         )
     if isinstance(chosen, EffectiveDimension):
         if not 0 < chosen.fraction < 1:
@@ -107,6 +131,8 @@ def as_damping(damping: float | Damping) -> Damping:
     if isinstance(chosen, Horizon):
         amount = chosen.learning_rate * chosen.steps
         value = 1.0 / amount if amount else math.inf
+    elif isinstance(chosen, NonzeroRelative):
+        value = chosen.factor
     else:
         value = chosen.value(1.0)
     if not math.isfinite(value) or value < 0:
@@ -133,7 +159,10 @@ def damping_for(
         return _for_dimension(eigenvalues, damping.fraction * min(examples, size))
     if isinstance(damping, Horizon):
         return 1.0 / (damping.learning_rate * damping.steps)
-    return damping.value(eigenvalues.double().sum().item() / size)
+    trace = eigenvalues.double().sum().item()
+    if isinstance(damping, NonzeroRelative):
+        return damping.factor * trace / min(examples, size)
+    return damping.value(trace / size)
 
 
 def damped_inverse(damping: Damping, value: float, eigenvalues: Tensor) -> Tensor:

@@ -1,9 +1,8 @@
 """Dense curvature over all blocks together, or of each: exact, for few parameters."""
 
 import warnings
-from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, Literal
 
 import torch
@@ -11,7 +10,7 @@ from scipy.linalg import cho_solve, get_lapack_funcs
 from torch import Tensor
 
 from forebear.blocks import Block, Plan
-from forebear.capture import Function, Gradients, Wrapped
+from forebear.capture import Function, Wrapped
 from forebear.curvature.base import GradientStream
 from forebear.curvature.damping import (
     Damping,
@@ -26,6 +25,7 @@ from forebear.curvature.solved import Solved, flat
 from forebear.data import map_tensors, naming, require_finite
 from forebear.errors import NumericalWarning, TaskError
 from forebear.gradients import Precision
+from forebear.stream import summed
 from forebear.types import require_choices
 
 LARGEST = 20_000
@@ -36,6 +36,12 @@ TANGENTS = 64
 
 Matrices = dict[str, Tensor]
 """Symmetric matrices by the blocks they stand for; `"all"` for all together."""
+
+_NOUNS = {
+    "hessian": "Hessian",
+    "gauss_newton": "Gauss-Newton matrix",
+    "fisher": "second moments",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,14 +99,12 @@ class Dense:
                 f"a dense curvature of {sum(sizes)} parameters does not fit: select fewer with "
                 f"layers= (up to {LARGEST} together), or use kfac, ekfac or trak"
             )
+        add = self._hessian if self.kind == "hessian" else self._second_moments
+        total = summed(stream, partial(add, function), _NOUNS[self.kind])
         if self.kind == "hessian":
-            total = self._hessian(stream, function)
-        elif self.kind == "gauss_newton":
-            each = gradients_of_each(stream, AllTargets(stream), "Gauss-Newton matrix")
-            total = self._second_moments(stream.plan, each)
+            total = {name: 0.5 * (matrix + matrix.T) for name, matrix in total.items()}
         else:
-            each = ([g] for _, _, g in stream.gradients(function, "second moments"))
-            total = self._second_moments(stream.plan, each)
+            total = {name: symmetric(matrix) for name, matrix in total.items()}
         return {name: matrix.div_(len(stream.data)) for name, matrix in total.items()}
 
     def restore(
@@ -119,8 +123,13 @@ class Dense:
             parts[name] = FittedDense.of_tensors(self._symmetric(stream, name), own)
         return FittedBlocks(stream.plan, parts, self.precision)
 
-    def _second_moments(self, plan: Plan, batches: Iterator[list[Gradients]]) -> Matrices:
-        plans = self._plans(plan)
+    def _second_moments(self, function: Function, stream: GradientStream, piece: int) -> Matrices:
+        """Upper halves of the sums over a piece."""
+        if self.kind == "gauss_newton":
+            batches = gradients_of_each(stream, AllTargets(stream), _NOUNS[self.kind])
+        else:
+            batches = ([g] for _, _, g in stream.gradients(function, _NOUNS[self.kind]))
+        plans = self._plans(stream.plan)
         totals: Matrices = {}
         for several in batches:
             for gradients in several:
@@ -129,16 +138,17 @@ class Dense:
                         if name not in totals:
                             totals[name] = rows.new_zeros(rows.shape[1], rows.shape[1])
                         add_gram(totals[name], rows)
-        return {name: symmetric(total) for name, total in totals.items()}
+        return totals
 
-    def _hessian(self, stream: GradientStream, function: Function) -> Matrices:
+    def _hessian(self, function: Function, stream: GradientStream, piece: int) -> Matrices:
+        """The Hessian of the loss summed over a piece."""
         task, plans = stream.task, self._plans(stream.plan)
         wrapped = Wrapped(task.model, function)
         parameters = {f"model.{n}": p.detach() for n, p in task.model.named_parameters()}
         points = {name: _point(part, parameters) for name, part in plans.items()}
         totals = {name: point.new_zeros(len(point), len(point)) for name, point in points.items()}
         with task.evaluation():
-            for where, batch in stream.batches("Hessian"):
+            for where, batch in stream.batches(_NOUNS[self.kind]):
                 moved = map_tensors(lambda t: t.to(task.device), batch)
                 with torch.no_grad(), naming(stream.data, where):
                     require_finite(function(task.model, moved), "loss")
@@ -150,7 +160,7 @@ class Dense:
 
                     rows = torch.func.jacrev(torch.func.grad(total_loss), chunk_size=TANGENTS)
                     totals[name] += rows(points[name]).detach()
-        return {name: 0.5 * (total + total.T) for name, total in totals.items()}
+        return totals
 
     def _plans(self, plan: Plan) -> dict[str, Plan]:
         """What each matrix is over."""
@@ -202,7 +212,7 @@ class Symmetric:
         if how.kind == "hessian" or how.indefinite == "pseudo_inverse" or spectral:
             return self.by_eigenvalues(damping)
         assert matrix is not None
-        value = damping.value((matrix.diagonal().sum() / len(matrix)).item())
+        value = damping_for(damping, matrix.diagonal(), self.examples)
         factor = _cholesky(matrix, value, self.what)
         return FittedDense(
             self.plan, value, factor=factor, precision=self.how.precision, source=self

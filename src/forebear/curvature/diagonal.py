@@ -1,23 +1,22 @@
 """Diagonal curvature: each parameter by itself."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from forebear.blocks import Block, Plan
-from forebear.capture import Function, Gradients
+from forebear.capture import Function
+from forebear.curvature.accumulate import Targets
 from forebear.curvature.base import GradientStream
 from forebear.curvature.basis import Basis
 from forebear.curvature.damping import Damping
 from forebear.curvature.kronecker import EigenBlocks, FittedKronecker
-from forebear.curvature.roots import root_gradients
-from forebear.curvature.sampled import Sampled
 from forebear.errors import TaskError
 from forebear.gradients import Precision
-from forebear.stream import Stream
+from forebear.stream import Stream, summed
 from forebear.types import require_choices
 
 
@@ -44,14 +43,14 @@ class Diagonal:
         self, stream: GradientStream, function: Function, damping: Damping, seed: int
     ) -> FittedKronecker:
         """Add up squares in one pass."""
+        if self.targets == "exact" and not isinstance(stream, Stream):
+            raise TaskError(
+                "the Gauss-Newton matrix of projected gradients is not known: use "
+                "targets='empirical'"
+            )
+        targets = Targets(self.targets, 1, function, seed)
+        squares = summed(stream, partial(_squares, targets), "diagonal")
         bases = {name: parameters_themselves(block) for name, block in stream.plan.blocks.items()}
-        squares: dict[str, Tensor] = {}
-        for gradients in self._parts(stream, function, seed):
-            for name, basis in bases.items():
-                block, terms = basis.block, gradients[name]
-                if name not in squares:
-                    squares[name] = terms[0].right.new_zeros(block.rows, block.cols)
-                basis.add_squares(squares[name], terms)
         eigenvalues = {name: total / len(stream.data) for name, total in squares.items()}
         return self._blocks(stream, bases, eigenvalues).with_damping(damping)
 
@@ -75,19 +74,18 @@ class Diagonal:
             plan, bases, eigenvalues, len(stream.data), rank=None, precision=self.precision
         )
 
-    def _parts(self, stream: GradientStream, function: Function, seed: int) -> Iterator[Gradients]:
-        if self.targets == "exact":
-            if not isinstance(stream, Stream):
-                raise TaskError(
-                    "the Gauss-Newton matrix of projected gradients is not known: use "
-                    "targets='empirical'"
-                )
-            yield from (gradients for _, _, gradients in root_gradients(stream))
-            return
-        if self.targets == "sampled":
-            function = Sampled(stream.task, seed)
-        for _, _, gradients in stream.gradients(function, "diagonal"):
-            yield gradients
+
+def _squares(targets: Targets, stream: GradientStream, piece: int) -> dict[str, Tensor]:
+    """Squared gradients summed over a piece, `[rows, cols]` of every block."""
+    squares: dict[str, Tensor] = {}
+    for several in targets.gradients(stream, piece, "diagonal"):
+        for gradients in several:
+            for name, block in stream.plan.blocks.items():
+                terms = gradients[name]
+                if name not in squares:
+                    squares[name] = terms[0].right.new_zeros(block.rows, block.cols)
+                parameters_themselves(block).add_squares(squares[name], terms)
+    return squares
 
 
 def parameters_themselves(block: Block) -> Basis:

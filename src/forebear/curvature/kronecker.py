@@ -11,8 +11,8 @@ value decomposition *weighted with the second moments* of the rotated factors, a
 that carry no weight are dropped. `rank=None` contracts exactly instead.
 """
 
-from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -20,13 +20,11 @@ from torch import Tensor
 
 from forebear.blocks import Plan
 from forebear.capture import Function, Gradients
-from forebear.curvature.accumulate import add_moments, add_squares
+from forebear.curvature.accumulate import Kept, Targets, moments_of, squares_of
 from forebear.curvature.base import GradientStream
 from forebear.curvature.basis import Basis, ShortSum, is_one_hot, short_sums
 from forebear.curvature.damping import Damping, Horizon, damped_inverse, damping_for
 from forebear.curvature.moments import FactorMoments
-from forebear.curvature.outputs import AllTargets, DrawnTargets, gradients_of_each
-from forebear.curvature.sampled import Sampled
 from forebear.errors import TaskError
 from forebear.gradients import (
     Precision,
@@ -37,13 +35,11 @@ from forebear.gradients import (
     sum_by_row,
 )
 from forebear.layers import Factors
+from forebear.stream import goes_elsewhere, summed
 from forebear.types import require_choices
 
 KEPT_BYTES = 2**26
 """Factors of the training set up to 64 MB are kept between the two passes of EK-FAC."""
-
-MAX_DIMENSION = 8192
-"""Sides longer than this get a diagonal second moment: their eigenvectors would not fit."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,31 +91,23 @@ class Kronecker:
 
         Where the factors of all examples fit into `KEPT_BYTES` the second pass is not needed.
         """
-        moments: dict[str, FactorMoments] = {}
-        positions = dict.fromkeys(stream.plan.blocks, 0)
-        kept: list[list[Gradients]] | None = [] if self.corrected else None
-        room = KEPT_BYTES
-        for several in self._gradients(stream, function, seed, "curvature factors"):
-            if kept is not None:
-                kept.append([self._narrow(gradients) for gradients in several])
-                room -= _bytes(kept[-1])
-                kept = kept if room >= 0 else None
-            for name, block in stream.plan.blocks.items():
-                terms = [gradients[name] for gradients in several]
-                if name not in moments:
-                    moments[name] = FactorMoments.start(block, terms[0], MAX_DIMENSION)
-                add_moments(moments[name], terms, reduce=self.sharing == "reduce")
-                positions[name] += positions_of(terms[0]) * len(terms[0][0].right)
-        size = len(stream.data)
+        size, kept = len(stream.data), None
+        if self.corrected and not goes_elsewhere(stream):
+            kept = Kept(KEPT_BYTES, self.precision)
+        targets = Targets(self.targets, self.draws, function, seed)
+        reduce = self.sharing == "reduce"
+        found = summed(stream, partial(moments_of, targets, reduce, kept), "curvature factors")
         bases = {}
         for name, block in stream.plan.blocks.items():
-            bases[name] = Basis.of(block, moments.pop(name), size)  # frees the moments
-            if self.sharing == "reduce":
-                bases[name] = replace(bases[name], positions=positions[name] / size)
+            positions = int(found.pop(f"{name}/all_positions"))
+            bases[name] = Basis.of(block, FactorMoments.taken(found, name), size)
+            if reduce:
+                bases[name] = replace(bases[name], positions=positions / size)
         if self.corrected:
             # The same targets again, so that it makes no difference whether factors were kept.
-            again = self._gradients(stream, function, seed, "curvature eigenvalues")
-            eigenvalues = self._measured(again if kept is None else kept, bases, size)
+            again = partial(squares_of, targets, bases, self.precision, kept)
+            squares = summed(stream, again, "curvature eigenvalues")
+            eigenvalues = {name: total.div_(size) for name, total in squares.items()}
         else:
             eigenvalues = {name: basis.product() for name, basis in bases.items()}
         return self._fitted(stream, bases, eigenvalues).with_damping(damping)
@@ -146,37 +134,6 @@ class Kronecker:
             eigenvalues[name], used[name] = parts["eigenvalues"], parts["damping"].item()
             inverses[name] = parts["inverse"]
         return self._fitted(stream, bases, eigenvalues).inverted(used, inverses)
-
-    def _gradients(
-        self, stream: GradientStream, function: Function, seed: int, description: str
-    ) -> Iterator[list[Gradients]]:
-        """Batch by batch, the gradients at each target of an example."""
-        if self.targets == "exact":
-            return gradients_of_each(stream, AllTargets(stream), description)
-        if self.draws > 1:
-            drawn = DrawnTargets(stream, self.draws, seed)
-            return gradients_of_each(stream, drawn, description)
-        if self.targets == "sampled":
-            function = Sampled(stream.task, seed)
-        return ([g] for _, _, g in stream.gradients(function, description))
-
-    def _measured(
-        self, batches: Iterable[list[Gradients]], bases: dict[str, Basis], size: int
-    ) -> dict[str, Tensor]:
-        totals = {name: basis.empty() for name, basis in bases.items()}
-        for several in batches:
-            for name, basis in bases.items():
-                terms = [gradients[name] for gradients in several]
-                add_squares(basis, totals[name], terms, self.precision)
-        return {name: total.div_(size) for name, total in totals.items()}
-
-    def _narrow(self, gradients: Gradients) -> Gradients:
-        if self.precision == "float32":
-            return gradients
-        return {
-            name: [cast(term, torch.bfloat16) for term in terms] if _flat(terms) else terms
-            for name, terms in gradients.items()
-        }
 
     def _fitted(
         self,
@@ -427,11 +384,6 @@ def _all_floating(terms: list[Factors]) -> bool:
     return all(term.left.is_floating_point() for term in terms)
 
 
-def _flat(terms: list[Factors]) -> bool:
-    """Whether squares are formed from factors, which bfloat16 is good enough for."""
-    return len(terms) == 1 and terms[0].left.is_floating_point() and terms[0].left.shape[1] == 1
-
-
 def _factored_inverse(basis: Basis, damping: float) -> Tensor:
     """Eigenvalues of `(S + √λ/π I)⁻¹ ⊗ (A + π√λ I)⁻¹`, `[rows, cols]`.
 
@@ -442,15 +394,3 @@ def _factored_inverse(basis: Basis, damping: float) -> Tensor:
     pi = (right.mean() / left.mean().clamp_min(tiny)).clamp_min(tiny).sqrt()
     root = damping**0.5
     return torch.outer(1 / (left + root / pi), 1 / (right + root * pi))
-
-
-def _bytes(several: list[Gradients]) -> int:
-    """Of all factors; those that are shared count once."""
-    sides = {
-        id(side): side.nbytes
-        for gradients in several
-        for terms in gradients.values()
-        for term in terms
-        for side in term
-    }
-    return sum(sides.values())

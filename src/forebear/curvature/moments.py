@@ -38,6 +38,19 @@ class FactorMoments:
             like.new_zeros((cols,) if cols > longest else (cols, cols)),
         )
 
+    @classmethod
+    def taken(cls, tensors: dict[str, Tensor], name: str) -> "FactorMoments":
+        """Those of a block out of `tensors`, where they are no longer held then."""
+        left, right = tensors.pop(f"{name}/left"), tensors.pop(f"{name}/right")
+        return cls(left, right, int(tensors.pop(f"{name}/positions")))
+
+    def tensors(self, name: str) -> dict[str, Tensor]:
+        """The sums of a block, ready to be added to those of other examples."""
+        positions = torch.tensor(self.positions)
+        return {f"{name}/left": self.left, f"{name}/right": self.right} | {
+            f"{name}/positions": positions
+        }
+
     def add(self, terms: list[Factors]) -> None:
         """Add a batch."""
         for left, right in terms:

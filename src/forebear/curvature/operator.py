@@ -10,7 +10,7 @@ stay factored.
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, Literal, Protocol
 
 import torch
@@ -33,7 +33,7 @@ from forebear.data import map_tensors
 from forebear.errors import TaskError
 from forebear.gradients import WORKSPACE, materialise, rows_of, squared_norms
 from forebear.layers import Factors
-from forebear.stream import Stream
+from forebear.stream import Stream, summed
 from forebear.types import require_choices
 
 Kind = Literal["hessian", "gauss_newton", "fisher"]
@@ -233,13 +233,21 @@ def _kept_rows(
 
 
 def _kept_matrix(kind: Kind, stream: GradientStream, function: Function, size: int) -> KeptMatrix:
+    total = summed(stream, partial(_added, kind, function, size), "curvature")["all"]
+    return KeptMatrix(stream.plan, symmetric(total).div_(len(stream.data)))
+
+
+def _added(
+    kind: Kind, function: Function, size: int, stream: GradientStream, piece: int
+) -> dict[str, Tensor]:
+    """`RᵀR` of a piece, its upper half."""
     total: Tensor | None = None
     for _, _, gradients in _parts(kind, stream, function):
         for written in flat(gradients, stream.plan):
             total = written.new_zeros(size, size) if total is None else total
             add_gram(total, written)
     assert total is not None
-    return KeptMatrix(stream.plan, symmetric(total).div_(len(stream.data)))
+    return {"all": total}
 
 
 def _parts(

@@ -21,9 +21,11 @@ from forebear.capture import (
     per_example_gradients,
 )
 from forebear.curvature.base import GradientStream
+from forebear.curvature.sampled import generator_of
 from forebear.data import batch_length, map_tensors, naming, require_finite
 from forebear.errors import TaskError
 from forebear.layers import Factors, vector
+from forebear.sharding import agreement
 from forebear.stream import Stream
 from forebear.tasks.classification import CrossEntropy
 from forebear.tasks.objective import Objective
@@ -84,12 +86,12 @@ class AllTargets:
 
 
 class DrawnTargets:
-    """Several targets drawn for each example; together they count as much as one."""
+    """Several targets drawn for each example of a piece; together they count as much as one."""
 
-    def __init__(self, stream: GradientStream, draws: int, seed: int) -> None:
+    def __init__(self, stream: GradientStream, draws: int, seed: int, piece: int = 0) -> None:
         self.objective = stream.task.objective
         self.count = draws
-        self.generator = torch.Generator(stream.task.device).manual_seed(seed)
+        self.generator = generator_of(stream.task, seed, piece)
 
     def of(self, outputs: Tensor, batch: Any) -> Iterator[Tensor]:
         """The gradient at the outputs for each draw."""
@@ -128,17 +130,28 @@ class _SharedForward(Capture):
 
     def each(self, cotangents: Cotangents, batch: Any) -> list[Gradients]:
         """The factored gradients of `⟨cotangent, outputs⟩` for each cotangent."""
+
+        def again() -> None:
+            capture = _SharedForward(self.task, self.plan)
+            with capture:
+                capture._each(cotangents, batch)
+
+        kind = "gradients of each output"
+        return self.task.in_step(kind, lambda: self._each(cotangents, batch), again)
+
+    def _each(self, cotangents: Cotangents, batch: Any) -> list[Gradients]:
         model, objective = self.task.model, self.task.objective
         batch = map_tensors(lambda t: t.detach().to(self.task.device), batch)
         self._size = batch_length(batch)
         self._calls, self._active = [], True
-        try:
-            with torch.enable_grad(), only_these_need_gradients(model, ()):
-                outputs = objective.outputs(model, batch)
-        finally:
-            self._active = False
-        calls, self._calls = self._calls, []
-        require_finite(outputs.detach(), "model's output")
+        with agreement(model):
+            try:
+                with torch.enable_grad(), only_these_need_gradients(model, ()):
+                    outputs = objective.outputs(model, batch)
+            finally:
+                self._active = False
+            calls, self._calls = self._calls, []
+            require_finite(outputs.detach(), "model's output")
         found: list[Gradients] = []
         for cotangent in cotangents.of(outputs.detach(), batch):
             for call in calls:
@@ -235,8 +248,13 @@ def outputs_per_example(stream: GradientStream) -> int:
     """How many numbers the model says about one example."""
     batch = stream.data.batch(slice(0, 1))
     batch = map_tensors(lambda t: t.to(stream.task.device), batch)
-    with stream.task.evaluation(), torch.no_grad():
-        return stream.task.objective.outputs(stream.task.model, batch).numel()
+    model, objective = stream.task.model, stream.task.objective
+
+    def count() -> int:
+        with stream.task.evaluation(), torch.no_grad():
+            return objective.outputs(model, batch).numel()
+
+    return stream.task.in_step("outputs", count, count)
 
 
 def root_of_output_hessian(objective: Any, outputs: Tensor, batch: Any) -> Tensor:

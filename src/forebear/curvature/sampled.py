@@ -2,6 +2,7 @@
 
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -18,11 +19,11 @@ class Drawn(NamedTuple):
 
 
 class Sampled:
-    """A function to differentiate: the loss at targets drawn anew for every batch."""
+    """A function to differentiate: the loss at targets drawn anew for every batch of a piece."""
 
-    def __init__(self, task: Task, seed: int) -> None:
+    def __init__(self, task: Task, seed: int, piece: int = 0) -> None:
         self.objective = task.objective
-        self.generator = torch.Generator(task.device).manual_seed(seed)
+        self.generator = generator_of(task, seed, piece)
 
     def prepare(self, model: nn.Module, batch: Any) -> Drawn:
         """Draw targets, for a batch that will be differentiated more than once."""
@@ -37,3 +38,11 @@ class Sampled:
             outputs = self.objective.outputs(model, batch.batch)
             return self.objective.loss_at(outputs, batch.batch, batch.targets, batch.weights)
         return self.objective.sampled(model, batch, self.generator)
+
+
+def generator_of(task: Task, seed: int, piece: int) -> torch.Generator:
+    """What draws the targets of a piece of the data, wherever and whenever it is worked out."""
+    own = seed
+    if piece:
+        own = int(np.random.SeedSequence([seed % 2**64, piece]).generate_state(1, np.uint64)[0])
+    return torch.Generator(task.device).manual_seed(own)

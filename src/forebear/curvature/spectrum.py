@@ -11,6 +11,7 @@ from forebear.capture import Gradients
 from forebear.curvature.damping import (
     Damping,
     EffectiveDimension,
+    NonzeroRelative,
     damped_inverse,
     damping_for,
 )
@@ -54,9 +55,10 @@ class Eigenpairs:
             TaskError: λ is zero where C is, or the damping is a rule about unknown eigenvalues.
         """
         size = self.vectors.shape[1]
-        if not self.complete and isinstance(damping, EffectiveDimension):
+        ruled = isinstance(damping, EffectiveDimension | NonzeroRelative)
+        if ruled and not self.complete:
             damping.value(self.mean)  # says what to use instead
-        if isinstance(damping, EffectiveDimension):
+        if ruled:
             value = damping_for(damping, self.values, self.examples, size)
         else:
             value = damping_for(damping, self.values.new_tensor([self.mean]), self.examples)

@@ -5,8 +5,9 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
+from forebear.errors import ForebearError
 from forebear.progress import track
 
 
@@ -79,8 +80,16 @@ def missing(work: Work) -> list[int]:
     return [piece for piece in range(len(work)) if not work.done(piece)]
 
 
+def require_positive(executor: Any, *names: str) -> None:
+    """Raise `ForebearError` unless these settings are at least 1."""
+    for name in names:
+        value = getattr(executor, name)
+        if value < 1:
+            raise ForebearError(f"{name} is {value}: it must be at least 1")
+
+
 @contextmanager
-def temporary_folder() -> Iterator[Path]:
-    """A folder of this machine that is gone at the end of the block."""
-    with tempfile.TemporaryDirectory(prefix="forebear-") as folder:
+def temporary_folder(inside: str | Path | None = None) -> Iterator[Path]:
+    """A folder that is gone at the end of the block, among this machine's own when not told."""
+    with tempfile.TemporaryDirectory(prefix="forebear-", dir=inside) as folder:
         yield Path(folder)

@@ -13,7 +13,7 @@ from torch import Tensor
 from forebear.errors import FormatError, MismatchError
 from forebear.executors.base import Executor, InProcess
 from forebear.progress import track
-from forebear.types import read_json, read_tensors, write_json
+from forebear.types import partial_path, read_json, read_tensors, write_json
 
 Result = dict[str, Tensor]
 
@@ -152,6 +152,12 @@ def _elsewhere(work: KeptWork, executor: Executor) -> Iterator[Result]:
 def write_tensors(path: Path, tensors: Result) -> None:
     """Write a safetensors file through a temporary name, so that it is whole or absent."""
     # Two workers may do one piece at the same time, when the first was only thought to be dead.
-    partial = path.with_suffix(f".{os.getpid()}.partial")
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial)
-    partial.replace(path)
+    partial = partial_path(path)
+    try:
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial)
+        with open(partial, "rb") as file:
+            os.fsync(file.fileno())
+        partial.replace(path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise

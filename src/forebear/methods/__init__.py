@@ -216,6 +216,42 @@ METHODS = {
         "any with likelihoods",
         "Park et al. 2023",
     ),
+    "dtrak": Entry(
+        "D-TRAK",
+        "dtrak:DTRAK",
+        "influence",
+        "final model",
+        "about 3, and products of written-out gradients",
+        "diffusion models",
+        "Zheng et al. 2024",
+    ),
+    "das": Entry(
+        "DAS",
+        "das:DAS",
+        "influence",
+        "final model",
+        "about 4, and products of written-out gradients",
+        "diffusion models",
+        "Lin et al. 2025",
+    ),
+    "journey_trak": Entry(
+        "Journey-TRAK",
+        "journey_trak:JourneyTRAK",
+        "influence",
+        "final model and how queries were sampled",
+        "about 3, and the sampling of each query with gradients",
+        "diffusion models",
+        "Georgiev et al. 2023",
+    ),
+    "nda": Entry(
+        "NDA",
+        "nda:NDA",
+        "data only",
+        "images",
+        "no pass; for each query a product of all its patches with all training patches",
+        "images",
+        "Zhao et al. 2025",
+    ),
 }
 
 

@@ -2,16 +2,18 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Literal
+from functools import partial
+from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor, nn
 
 from forebear.data import Data, batch_length, map_tensors
 from forebear.errors import TaskError
+from forebear.executors import Executor, results
 from forebear.methods.fitted import Fitted, Piece, warn_about_zeros
 from forebear.progress import track
-from forebear.stream import BATCH
+from forebear.stream import BATCH, Result, is_elsewhere, stretches
 from forebear.task import Task
 from forebear.types import require_choices
 
@@ -37,12 +39,21 @@ class Similarity:
         require_choices(self)
 
     def fit(
-        self, task: Task, train: Any, *, ids: Any = None, batch_size: int = BATCH
+        self,
+        task: Task,
+        train: Any,
+        *,
+        ids: Any = None,
+        batch_size: int = BATCH,
+        executor: Executor | None = None,
     ) -> "FittedSimilarity":
-        """Embed the training set; one forward pass."""
+        """Embed the training set; one forward pass.
+
+        `executor` embeds; scores are products of what is in memory then, in this process.
+        """
         data = Data.of(train, ids=ids, collate=task.collate)
-        fitted = FittedSimilarity(self, task, data, batch_size=batch_size)
-        fitted.embeddings = fitted.embed(data, "training set")
+        fitted = FittedSimilarity(self, task, data, batch_size=batch_size, executor=executor)
+        fitted.embeddings = fitted.embed_training()
         return fitted
 
     def restore(self, task: Task, train: Data, tensors: dict[str, Tensor]) -> "FittedSimilarity":
@@ -64,16 +75,37 @@ class FittedSimilarity(Fitted):
             columns = slice(start, min(start + 8192, len(self.embeddings)))
             yield slice(0, len(queries)), columns, embedded @ self.embeddings[columns].T
 
+    def restricted(self, positions: Tensor) -> Self:
+        """The embeddings at `positions`."""
+        part = self.on(None)
+        part.train = self.train.select(positions)
+        part.embeddings = self.embeddings[positions]
+        return part
+
     def self_influence(self) -> Tensor:
         """Squared length of each embedding: one for all with the cosine, which ranks nothing."""
-        return self.embeddings.square().sum(1)
+        return self.embeddings[:].square().sum(1)
 
     def tensors(self) -> dict[str, Tensor]:
         """The embeddings."""
-        return {"embeddings": self.embeddings}
+        return {"embeddings": self.embeddings[:]}  # [:] reads those that are in a store
 
     def embed(self, data: Data, description: str) -> Tensor:
         """Last hidden states `[m, d]`, of unit length for the cosine."""
+        return self._scaled(self.states(data, description))
+
+    def embed_training(self) -> Tensor:
+        """Those of the training set, `[n, d]`, piece by piece where the executor says."""
+        if not is_elsewhere(self.executor):
+            return self.embed(self.train, "training set")
+        rows = stretches(len(self.train))
+        names = [f"examples-{each.start:09d}" for each in rows]
+        compute = partial(_states_of, self.on(None), rows)
+        found = results(compute, names, "training set", executor=self.executor)
+        return self._scaled(torch.cat([one["states"] for one in found]))
+
+    def states(self, data: Data, description: str) -> Tensor:
+        """Last hidden states `[m, d]`, in float32 or better."""
         name = self.method.layer or _last_linear(self.task.model)
         seen: list[Tensor] = []
 
@@ -88,14 +120,17 @@ class FittedSimilarity(Fitted):
                 for _, batch in track(data.batches(self.batch_size), description, total=steps):
                     seen.clear()
                     moved = map_tensors(lambda t: t.to(self.task.device), batch)
-                    self.task.losses(self.task.model, moved)
+                    look = partial(_look, self.task, moved)
+                    self.task.in_step("states", look, look)
                     size = batch_length(moved)
                     states = seen[-1].reshape(size, -1, seen[-1].shape[-1])  # [b, t, d]
                     rows.append(_mean_state(states, moved).cpu())
         finally:
             handle.remove()
-        embedded = torch.cat(rows)
-        embedded = embedded if embedded.dtype == torch.float64 else embedded.float()
+        states = torch.cat(rows)
+        return states if states.dtype == torch.float64 else states.float()
+
+    def _scaled(self, embedded: Tensor) -> Tensor:
         if self.method.metric == "dot":
             return embedded
         lengths = embedded.norm(dim=1, keepdim=True)
@@ -111,11 +146,17 @@ class Random:
     seed: int = 0
 
     def fit(
-        self, task: Task, train: Any, *, ids: Any = None, batch_size: int = BATCH
+        self,
+        task: Task,
+        train: Any,
+        *,
+        ids: Any = None,
+        batch_size: int = BATCH,
+        executor: Executor | None = None,
     ) -> "FittedRandom":
-        """Nothing to do."""
+        """Nothing to do, here or elsewhere."""
         data = Data.of(train, ids=ids, collate=task.collate)
-        return FittedRandom(self, task, data, batch_size=batch_size)
+        return FittedRandom(self, task, data, batch_size=batch_size, executor=executor)
 
     def restore(self, task: Task, train: Data, tensors: dict[str, Tensor]) -> "FittedRandom":
         """Nothing was saved."""
@@ -140,6 +181,16 @@ class FittedRandom(Fitted):
     def tensors(self) -> dict[str, Tensor]:
         """Nothing."""
         return {"seed": torch.tensor(self.method.seed)}
+
+
+def _states_of(fitted: FittedSimilarity, rows: list[slice], number: int) -> Result:
+    return {"states": fitted.states(fitted.train.slice(rows[number]), "training set")}
+
+
+def _look(task: Task, batch: Any) -> None:
+    """A forward pass, for hooks to see."""
+    with task.evaluation(), torch.no_grad():
+        task.losses(task.model, batch)
 
 
 def _mean_state(states: Tensor, batch: Any) -> Tensor:

@@ -1,6 +1,5 @@
 """A cascade: a cheap method looks at everything, an expensive one at what the cheap one kept."""
 
-import copy
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NoReturn
@@ -8,15 +7,13 @@ from typing import Any, NoReturn
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Subset
 
-from forebear.data import Data, map_tensors
+from forebear.data import Data
 from forebear.errors import DataError, TaskError
+from forebear.executors import Executor
 from forebear.methods.baselines import FittedSimilarity
 from forebear.methods.fitted import Fitted, Method
-from forebear.methods.influence import FittedInfluence
 from forebear.methods.settings import settings_of
-from forebear.projections import KeptStream
 from forebear.search import RunningTop
 from forebear.stream import BATCH
 from forebear.task import Task
@@ -59,11 +56,23 @@ class Cascade:
         return "cascade"
 
     def fit(
-        self, task: Task, train: Any, *, ids: Any = None, batch_size: int = BATCH
+        self,
+        task: Task,
+        train: Any,
+        *,
+        ids: Any = None,
+        batch_size: int = BATCH,
+        executor: Executor | None = None,
     ) -> "FittedCascade":
-        """Fit every stage to the whole training set."""
+        """Fit every stage to the whole training set.
+
+        `executor` is where they are fitted and where the first stage scores; the candidates of
+        the others are few and are scored in this process.
+        """
         data = Data.of(train, ids=ids, collate=task.collate)
-        stages = [stage.fit(task, data, batch_size=batch_size) for stage in self.stages]
+        stages = [
+            stage.fit(task, data, batch_size=batch_size, executor=executor) for stage in self.stages
+        ]
         return FittedCascade(stages, self.keep, together=self.together)
 
 
@@ -220,7 +229,7 @@ def _best_of(
     member[np.arange(len(queries))[:, None], np.searchsorted(union, candidates)] = True
     running = RunningTop.empty(k, len(queries))
     for rows, columns, values in scores_of(stage, queries, union):
-        stage._check(values, queries, rows)
+        stage.require_finite(values, queries.ids[rows])
         keys, inside = member[rows, columns].nonzero()
         scores = sign * values.cpu().numpy()[keys, inside]
         running = running.add(keys + rows.start, union[columns][inside], scores)
@@ -235,50 +244,14 @@ def scores_of(
     Methods that compare gradients or embeddings look at those examples and no others. Any other
     method scores all of them, and the rest is dropped.
     """
-    part, scale = _restricted(fitted, torch.from_numpy(positions))
+    part = fitted.restricted(torch.from_numpy(positions))
     if part is not None:
-        for rows, columns, values in part.pieces(queries):
-            yield rows, columns, values * scale
+        yield from part.pieces(queries)
         return
     for rows, columns, values in fitted.pieces(queries):
         first, last = np.searchsorted(positions, (columns.start, columns.stop))
         inside = torch.from_numpy(positions[first:last]) - columns.start
         yield rows, slice(int(first), int(last)), values[:, inside.to(values.device)]
-
-
-def _restricted(fitted: Fitted, positions: Tensor) -> tuple[Fitted | None, float]:
-    """The same state facing some training examples, and what its scores are to be multiplied with.
-
-    The curvature stays that of the whole training set.
-    """
-    if type(fitted) not in (FittedSimilarity, FittedInfluence):
-        return None, 1.0
-    part = copy.copy(fitted)
-    part.train = _some(fitted.train, positions)
-    if isinstance(part, FittedSimilarity):
-        part.embeddings = part.embeddings[positions]
-        return part, 1.0
-    assert isinstance(part, FittedInfluence)
-    streams = []
-    for i, stream in enumerate(part.training):
-        if isinstance(stream, KeptStream):
-            features = stream.features[positions]
-            weights = stream.weights[positions]
-            streams.append(replace(stream, data=part.train, features=features, weights=weights))
-        else:
-            streams.append(part.stream(i, part.train))
-    part.training = streams
-    share = len(positions) / len(fitted.train)  # a removal is one of all the training examples
-    return part, share if part.units == "removal" else 1.0
-
-
-def _some(data: Data, positions: Tensor) -> Data:
-    """The examples at some positions, with their ids."""
-    if data.columns is not None:
-        dataset = map_tensors(lambda column: column[positions.to(column.device)], data.columns)
-    else:
-        dataset = Subset(data.dataset, positions.tolist())
-    return Data(dataset, ids=data.ids[positions.numpy()], collate=data.own_collate)
 
 
 def _positions(ids: np.ndarray, wanted: np.ndarray) -> np.ndarray:

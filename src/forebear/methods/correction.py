@@ -1,5 +1,6 @@
 """Where the damped quadratic model of the training loss has its minimum."""
 
+from functools import partial
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -12,6 +13,8 @@ from forebear.curvature.solved import flat
 from forebear.errors import TaskError
 from forebear.gradients import WORKSPACE, rows_of
 from forebear.layers import Factors
+from forebear.sharding import require_whole
+from forebear.stream import summed
 from forebear.task import Checkpoint, Task
 
 
@@ -40,15 +43,9 @@ def require_solver(fit: Any, wanted: str) -> Solver:
 
 def mean_gradient(stream: GradientStream, function: Function) -> Tensor:
     """Gradient of the mean of `function` over a stream, written out, `[P]`."""
-    plan = stream.plan
-    totals: dict[str, Tensor] = {}
-    for _, _, gradients in stream.gradients(function, "mean gradient"):
-        for name, block in plan.blocks.items():
-            if name not in totals:
-                totals[name] = gradients[name][0].right.new_zeros(block.rows, block.cols)
-            for term in gradients[name]:
-                _add_sum(totals[name], term)
-    return torch.cat([total.flatten() for total in totals.values()]) / len(stream.data)
+    totals = summed(stream, partial(_gradient_sums, function), "mean gradient")
+    pieces = [totals[name].flatten() for name in stream.plan.blocks]
+    return torch.cat(pieces) / len(stream.data)
 
 
 def moved(task: Task, plan: Plan, step: Tensor, checkpoint: Checkpoint | None) -> Checkpoint:
@@ -65,6 +62,7 @@ def moved(task: Task, plan: Plan, step: Tensor, checkpoint: Checkpoint | None) -
     pieces = step.split([block.size for block in plan.blocks.values()])
     for piece, block in zip(pieces, plan.blocks.values(), strict=True):
         changes |= block.split(piece.view(block.rows, block.cols))
+    require_whole(task.model)
     state = {name: value.detach().clone() for name, value in task.model.state_dict().items()}
     parameters = dict(task.model.named_parameters())
     by_identity = {id(parameters[name]): change for name, change in changes.items()}
@@ -98,3 +96,15 @@ def _add_sum(total: Tensor, term: Factors) -> None:
         total.addmm_(left.flatten(0, 1).T, right.flatten(0, 1))
     else:
         total.index_add_(0, left.flatten(), right.flatten(0, 1))
+
+
+def _gradient_sums(function: Function, stream: GradientStream, piece: int) -> dict[str, Tensor]:
+    """Gradients summed over a piece, `[rows, cols]` of every block."""
+    totals: dict[str, Tensor] = {}
+    for _, _, gradients in stream.gradients(function, "mean gradient"):
+        for name, block in stream.plan.blocks.items():
+            if name not in totals:
+                totals[name] = gradients[name][0].right.new_zeros(block.rows, block.cols)
+            for term in gradients[name]:
+                _add_sum(totals[name], term)
+    return totals

@@ -9,8 +9,9 @@ space a row is the projected gradient of the example at every checkpoint, times 
 residual), and a query's vector is its own, solved with the curvature and with all factors in it.
 """
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,26 +20,22 @@ import torch
 from torch import Tensor
 
 from forebear.blocks import Plan
-from forebear.capture import Function, Gradients
-from forebear.curvature import FittedCurvature, as_damping
+from forebear.capture import Gradients
+from forebear.curvature import FittedCurvature
 from forebear.data import Data
 from forebear.errors import DataError, TaskError
+from forebear.executors import Executor, InProcess
 from forebear.gradients import joined
 from forebear.methods.baselines import FittedSimilarity, Similarity
 from forebear.methods.fitted import Fitted, require_same_columns, version
-from forebear.methods.influence import FittedInfluence, Influence, TrainingFunction
+from forebear.methods.influence import FittedInfluence, Influence
 from forebear.methods.settings import settings_of
 from forebear.plan import make_plan
-from forebear.progress import track
 from forebear.projections.stream import as_blocks
-from forebear.store import Column, Manifest, Store, StoreBuilder
-from forebear.store.manifest import FINGERPRINTS, StoredType
-from forebear.store.rows import decode
+from forebear.store import Column, Manifest, ShardWriter, Store, StoreBuilder
+from forebear.store.manifest import StoredType
 from forebear.stream import BATCH
-from forebear.task import Task
-
-READ = 16384
-"""Rows read at a time."""
+from forebear.task import Task, state_hash
 
 
 def build_store(
@@ -52,6 +49,7 @@ def build_store(
     columns: Mapping[str, Any] | None = None,
     ids: Any = None,
     batch_size: int = BATCH,
+    executor: Executor | None = None,
 ) -> Store:
     """Write the features of every training example, in one pass and in memory for one shard.
 
@@ -68,6 +66,8 @@ def build_store(
         columns: further values of each example, `[n, ...]` by name, to filter by.
         ids: a stable id for each example; positions when left out.
         batch_size: examples at a time.
+        executor: where to compute and write shards, to a folder that workers see; in this process
+            when left out.
 
     Raises:
         TaskError: the method has no explicit feature.
@@ -76,54 +76,52 @@ def build_store(
     """
     method = method.method if isinstance(method, Fitted) else method
     data = Data.of(train, ids=ids, collate=task.collate)
-    source = _source(method, task, data, batch_size)
+    source = source_of(method, task, data, batch_size)
     labels = {name: _array(column) for name, column in (columns or {}).items()}
     for name, column in labels.items():
         if len(column) != len(data):
             raise DataError(f"column {name!r} has {len(column)} values for {len(data)} examples")
-    manifest = _manifest(method, task, data, source).with_rows(
+    manifest = manifest_of(task, data, source).with_rows(
         len(data),
         dtype=dtype,
         shard_rows=shard_rows,
         columns={name: _column(column) for name, column in labels.items()},
     )
+    executor = executor or InProcess()
+    if not executor.leads:
+        executor.run(_Shards(source, data, labels, ShardWriter(Path(folder), manifest)))
+        return Store.open(folder)
     with StoreBuilder.create(folder, manifest) as builder:
-        for shard in track(builder.missing(), "shards"):
-            rows = builder.manifest.rows_of(shard)
-            part = data.slice(rows)
-            values, weights = source.features(part)
-            own = {name: column[rows] for name, column in labels.items()}
-            builder.write(shard, values, part.ids, own, weights)
+        # The builder itself writes while the next shard is computed; others cannot have it.
+        here = isinstance(executor, InProcess)
+        executor.run(_Shards(source, data, labels, builder if here else builder.writer))
         return builder.finish()
 
 
-def fit_store(method: Any, task: Task, train: Any, store: Store, *, ids: Any = None) -> Fitted:
-    """The fitted method that reads its training features from a store.
+@dataclass(frozen=True)
+class _Shards:
+    """Shards of features as numbered pieces, which are their own markers."""
 
-    The curvature is estimated from the stored features in one scan, without the model.
+    source: "_Projected | _Embedded"
+    data: Data
+    columns: Mapping[str, np.ndarray]
+    writer: ShardWriter
+    description: str = "shards"
 
-    Raises:
-        TaskError: the method has no explicit feature.
-        MismatchError: the store belongs to another model, dataset or method.
-    """
-    data = Data.of(train, ids=ids, collate=task.collate)
-    source = _source(method, task, data, BATCH)
-    _manifest(method, task, data, source).require_same(store.manifest, (*FINGERPRINTS, "train"))
-    fitted = source.fitted
-    if isinstance(fitted, FittedSimilarity):
-        fitted.embeddings = store.rows(np.arange(len(store)))
-        return fitted
-    offset = 0
-    for checkpoint in fitted.moments:
-        stream = StoredStream(task, data, fitted.feature_plan, store, offset)
-        fitted.training.append(stream)  # type: ignore[arg-type]
-        with fitted.task.at(checkpoint):
-            damping = as_damping(method.damping)
-            function = fitted.training_function()
-            fit = method.curvature.fit(stream, function, damping, method.seed)
-        fitted.curvatures.append(fit)
-        offset += _size(fitted.feature_plan)
-    return fitted
+    def __len__(self) -> int:
+        return self.writer.manifest.shards
+
+    def done(self, piece: int) -> bool:
+        """Whether the shard is written."""
+        return self.writer.has(piece)
+
+    def do(self, piece: int) -> None:
+        """Compute the features of a shard's rows and write them."""
+        rows = self.writer.manifest.rows_of(piece)
+        part = self.data.slice(rows)
+        values, weights = self.source.features(part)
+        own = {name: column[rows] for name, column in self.columns.items()}
+        self.writer.write(piece, values, part.ids, own, weights)
 
 
 def query_features(fitted: Fitted, queries: Any, *, ids: Any = None) -> Tensor:
@@ -145,48 +143,8 @@ def query_features(fitted: Fitted, queries: Any, *, ids: Any = None) -> Tensor:
             stream = fitted.stream(i, data)
             found = [g for _, _, g in stream.gradients(fitted.query_function, "queries")]
         solved = _solved(fit, joined(found), fitted.feature_plan)
-        parts.append(solved * (scale * _share(fitted, i)))
+        parts.append(solved * (scale * fitted.share(i)))
     return torch.cat(parts, 1)
-
-
-@dataclass(frozen=True)
-class StoredStream:
-    """Projected gradients `[n, k]` of a dataset in a store, with the face of a stream.
-
-    `offset` is where the numbers of this stream's checkpoint begin in a row. Features belong to the
-    function they were made with, which is told the weights they were stored with.
-    """
-
-    task: Task
-    data: Data
-    plan: Plan
-    store: Store
-    offset: int = 0
-
-    def gradients(
-        self, function: Function, description: str
-    ) -> Iterator[tuple[slice, Tensor, Gradients]]:
-        """Positions, weights `[b]` and features."""
-        for rows, _ in track(self.batches(description), description):
-            yield rows, *self.at(rows, function)
-
-    def at(self, rows: slice, function: Function) -> tuple[Tensor, Gradients]:
-        """Weights and features of the rows of one block."""
-        number, start = divmod(rows.start, self.store.manifest.shard_rows)
-        inside = slice(start, start + rows.stop - rows.start)
-        tensors = self.store.shard(number).tensors
-        scales = tensors.get("scales")
-        values = tensors["values"][inside, self.offset : self.offset + _size(self.plan)]
-        features = decode(values, None if scales is None else scales[inside])
-        weights = tensors["weights"][inside] if "weights" in tensors else features.new_ones(())
-        if isinstance(function, TrainingFunction):
-            function.weights = weights
-        return weights.expand(len(features)), as_blocks(features, self.plan)
-
-    def batches(self, description: str) -> Iterator[tuple[slice, object]]:
-        """Positions of blocks; the batches themselves are not needed."""
-        for block in self.store.blocks(READ):
-            yield block.rows, None
 
 
 @dataclass(frozen=True)
@@ -204,10 +162,22 @@ class _Projected:
         checkpoints = range(len(self.fitted.moments))
         return {f"{i}:{name}": size for i in checkpoints for name, size in sizes.items()}
 
+    @property
+    def model(self) -> str:
+        """Hash of all weights that rows are made with, those of checkpoints included."""
+        moments = self.fitted.moments
+        if moments == (None,):
+            return self.fitted.model_hash
+        digest = hashlib.sha256(self.fitted.model_hash.encode())
+        for moment in moments:
+            assert moment is not None
+            digest.update(f"{state_hash(moment.load())} {moment.learning_rate!r}".encode())
+        return digest.hexdigest()[:16]
+
     def features(self, data: Data) -> tuple[Tensor, Tensor | None]:
         """`[b, k]` over all checkpoints, and weights `[b]` where the method has some."""
         fitted, moments = self.fitted, self.fitted.moments
-        size = _size(fitted.feature_plan)
+        size = size_of(fitted.feature_plan)
         values = torch.empty(len(data), size * len(moments))
         # TRAK averages the weights over checkpoints apart from the products.
         weights = torch.zeros(len(data)) if self.weighted else None
@@ -233,25 +203,48 @@ class _Embedded:
     """Rows of similarity."""
 
     fitted: FittedSimilarity
+    seen: Data
     weighted: bool = False
 
     @property
     def parts(self) -> dict[str, int]:
         """One part, as wide as the embedding of the first example."""
-        return {"embedding": self.features(self.fitted.train.slice(slice(0, 1)))[0].shape[1]}
+        return {"embedding": self.features(self.seen.slice(slice(0, 1)))[0].shape[1]}
+
+    @property
+    def model(self) -> str:
+        """Hash of the weights."""
+        return self.fitted.model_hash
 
     def features(self, data: Data) -> tuple[Tensor, Tensor | None]:
         """Embeddings `[b, d]`."""
         return self.fitted.embed(data, "embeddings"), None
 
 
-def _source(method: Any, task: Task, data: Data, batch_size: int) -> _Projected | _Embedded:
+def source_of(
+    method: Any, task: Task, data: Data, batch_size: int, *, seen: Data | None = None
+) -> "_Projected | _Embedded":
+    """What makes rows of a method, nothing of it fitted.
+
+    Args:
+        method: the configuration.
+        task: what was trained.
+        data: the training set.
+        batch_size: examples at a time.
+        seen: the examples that layers are checked on; the training set's first when left out.
+
+    Raises:
+        TaskError: the method has no explicit feature.
+    """
     _require_explicit(method)
+    seen = data if seen is None else seen
     if isinstance(method, Similarity):
-        return _Embedded(FittedSimilarity(method, task, data, batch_size=batch_size))
+        return _Embedded(FittedSimilarity(method, task, data, batch_size=batch_size), seen)
+    # Those of the task are written down as the method's: rows of other layers must not pass.
+    method = replace(method, layers=task.layers) if method.layers is None else method
     if method.layers is not None:
         task = task.select(method.layers)
-    plan = make_plan(task, data)
+    plan = make_plan(task, seen)
     return _Projected(FittedInfluence(method, task, data, plan, batch_size=batch_size))
 
 
@@ -267,15 +260,16 @@ def _require_explicit(method: Any) -> None:
         raise TaskError(f"normalise={method.normalise!r} cannot be stored: {remedy}")
 
 
-def _manifest(method: Any, task: Task, data: Data, source: _Projected | _Embedded) -> Manifest:
-    parts = source.parts
+def manifest_of(task: Task, data: Data, source: "_Projected | _Embedded") -> Manifest:
+    """What a store of these rows says of them, but for how they are kept."""
+    method, parts = source.fitted.method, source.parts
     return Manifest(
         rows=len(data),
         dimension=sum(parts.values()),
         ids="integer" if data.ids.dtype.kind in "iu" else "string",
         weighted=source.weighted,
         parts=parts,
-        model=task.model_hash(),
+        model=source.model,
         train=data.fingerprint,
         method=method.name,
         settings=settings_of(method),
@@ -291,19 +285,12 @@ def _solved(fit: FittedCurvature, gradients: Gradients, plan: Plan) -> Tensor:
     The inner product is linear: its products with the unit vectors are the entries.
     """
     like = next(iter(gradients.values()))[0].left
-    units = torch.eye(_size(plan), dtype=like.dtype, device=like.device)
+    units = torch.eye(size_of(plan), dtype=like.dtype, device=like.device)
     return fit.products(fit.prepare(gradients), as_blocks(units, plan)).cpu()
 
 
-def _share(fitted: FittedInfluence, i: int) -> float:
-    """Weight of checkpoint i in the sum over checkpoints."""
-    if fitted.method.checkpoints == "mean":
-        return 1.0 / len(fitted.moments)
-    checkpoint = fitted.moments[i]
-    return 1.0 if checkpoint is None else checkpoint.learning_rate
-
-
-def _size(plan: Plan) -> int:
+def size_of(plan: Plan) -> int:
+    """Numbers of a plan's blocks."""
     return sum(block.size for block in plan.blocks.values())
 
 

@@ -1,24 +1,33 @@
 """What every method shares: the shape of a configuration and of its fitted state."""
 
+import copy
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, Self
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from forebear.data import Data
 from forebear.errors import DataError, MismatchError, NonFiniteError, NumericalWarning
+from forebear.executors import Executor, Pieces
 from forebear.methods.settings import settings_of
 from forebear.stream import BATCH
 from forebear.task import Task
 from forebear.types import Provenance, Scores, TopK, check_k, write_json
 
+if TYPE_CHECKING:
+    from forebear.methods.blocks import ScoreBlocks
+
 Piece = tuple[slice, slice, Tensor]
 """Query positions, training positions, and their scores `[q, b]`."""
+
+Candidates = tuple[slice, Tensor, Tensor]
+"""Query positions, scores `[q, m]`, and the training positions of each, ascending where equal."""
 
 
 class Method(Protocol):
@@ -29,7 +38,15 @@ class Method(Protocol):
         """The registered name."""
         ...
 
-    def fit(self, task: Task, train: Any, *, ids: Any = None, batch_size: int = BATCH) -> "Fitted":
+    def fit(
+        self,
+        task: Task,
+        train: Any,
+        *,
+        ids: Any = None,
+        batch_size: int = BATCH,
+        executor: Executor | None = None,
+    ) -> "Fitted":
         """Do all work that depends only on the model and the training set.
 
         Args:
@@ -37,6 +54,8 @@ class Method(Protocol):
             train: any map-style dataset, or a tuple or dict of tensors.
             ids: a stable id for each example; positions when left out.
             batch_size: examples at a time; changes no score beyond rounding.
+            executor: where to work, now and when scores are asked for; in this process when None.
+                What cannot be spread is done in this process all the same.
         """
         ...
 
@@ -54,15 +73,43 @@ class Fitted(ABC):
 
     units = "ranking"
 
-    def __init__(self, method: Any, task: Task, train: Data, *, batch_size: int) -> None:
+    def __init__(
+        self,
+        method: Any,
+        task: Task,
+        train: Data,
+        *,
+        batch_size: int,
+        executor: Executor | None = None,
+    ) -> None:
         self.method = method
         self.task = task
         self.train = train
         self.batch_size = batch_size
+        self.executor = executor
 
     @abstractmethod
     def pieces(self, queries: Data) -> Iterator[Piece]:
         """Scores of all pairs, in memory bounded by a batch."""
+
+    def blocks(self, queries: Data, kept: Pieces | None = None) -> Iterator[Piece]:
+        """Scores of all pairs from wherever they are worked out, larger pieces for longer ways.
+
+        Args:
+            queries: what is asked about.
+            kept: a folder for each block, as `"scores"`; what is there need not be computed.
+        """
+        for rows, columns, values in self.pieces(queries):
+            if kept is not None:
+                kept.write(block_name(rows, columns), {"scores": values})
+            yield rows, columns, values
+
+    def candidates(self, queries: Data, k: int, sign: float) -> Iterator[Candidates]:
+        """Scores times `sign` among which the `k` largest of each query are."""
+        for rows, columns, values in self.pieces(queries):
+            self.require_finite(values, queries.ids[rows])
+            positions = torch.arange(columns.start, columns.stop).expand(values.shape)
+            yield rows, sign * values.cpu(), positions
 
     @abstractmethod
     def self_influence(self) -> Tensor:
@@ -74,6 +121,21 @@ class Fitted(ABC):
     @abstractmethod
     def tensors(self) -> dict[str, Tensor]:
         """The fitted state."""
+
+    def on(self, executor: Executor | None) -> Self:
+        """The same state, whose scores are worked out somewhere else; None is this process."""
+        again = copy.copy(self)
+        again.executor = executor
+        return again
+
+    def restricted(self, positions: Tensor) -> Self | None:
+        """The same state facing the training examples at `positions` `[m]` only, ascending.
+
+        Its scores are those of the whole method for these examples: the curvature and the number
+        of examples that a removal is one of stay those of the whole training set. It works in this
+        process. None where a method has to look at all examples.
+        """
+        return None
 
     @property
     def coverage(self) -> float | None:
@@ -97,12 +159,12 @@ class Fitted(ABC):
         """
         data = self._queries(queries, ids)
         values: Tensor | None = None
-        for rows, columns, piece in self.pieces(data):
+        for rows, columns, piece in self.blocks(data):
             if values is None:
                 values = torch.empty(len(data), len(self.train), dtype=piece.dtype)
             values[rows, columns] = piece.cpu()
         assert values is not None
-        self._check(values, data)
+        self.require_finite(values, data.ids)
         return Scores(
             values=values,
             query_ids=data.ids,
@@ -117,28 +179,28 @@ class Fitted(ABC):
         """
         check_k(k, len(self.train))
         data = self._queries(queries, ids)
-        kept_values, kept_rows = [], []
-        current: slice | None = None
-        for rows, columns, piece in self.pieces(data):
-            self._check(piece, data, rows)
-            piece = -piece if opponents else piece
-            positions = torch.arange(columns.start, columns.stop).expand_as(piece)
-            if rows != current:
-                current = rows
-                kept_values.append(piece.new_empty(len(piece), 0))
-                kept_rows.append(positions[:, :0])
-            values = torch.cat([kept_values[-1], piece.cpu()], 1)
-            positions = torch.cat([kept_rows[-1], positions], 1)
-            order = _strongest(values, k)
-            kept_values[-1], kept_rows[-1] = values.gather(1, order), positions.gather(1, order)
-        values = torch.cat(kept_values)
+        sign = -1.0 if opponents else 1.0
+        values, positions = strongest(self.candidates(data, k, sign), k)
         return TopK(
-            ids=self.train.ids[torch.cat(kept_rows).numpy()],
-            values=-values if opponents else values,
+            ids=self.train.ids[positions.numpy()],
+            values=sign * values,
             query_ids=data.ids,
             opponents=opponents,
             provenance=self._provenance(data),
         )
+
+    def score_to(self, queries: Any, folder: str | Path, *, ids: Any = None) -> "ScoreBlocks":
+        """Scores of all pairs in a folder, block by block, where the matrix is too large.
+
+        What is there is not computed again, so that what was stopped halfway goes on.
+
+        Raises:
+            MismatchError: the folder holds scores of another model, method, or other data.
+            NonFiniteError: a score is NaN or infinite.
+        """
+        from forebear.methods.blocks import score_blocks
+
+        return score_blocks(self, self._queries(queries, ids), folder)
 
     def save(self, folder: str | Path) -> None:
         """Write `fitted.json` and `fitted.safetensors`; `forebear.load` reads them."""
@@ -179,14 +241,20 @@ class Fitted(ABC):
             version=version(),
         )
 
-    def _check(self, values: Tensor, queries: Data, rows: slice = slice(None)) -> None:
+    def require_finite(self, values: Tensor, ids: np.ndarray) -> None:
+        """Raise `NonFiniteError` with the `ids` `[q]` of queries that have no finite scores."""
         if not torch.isfinite(values.sum()) and not torch.isfinite(values).all():
             bad = ~torch.isfinite(values).all(1)
-            shown = ", ".join(map(str, queries.ids[rows][bad.cpu().numpy()][:5]))
+            shown = ", ".join(map(str, ids[bad.cpu().numpy()][:5]))
             raise NonFiniteError(
                 f"{self.method.name} gave scores that are NaN or infinite for queries {shown}: "
                 "their gradients overflow; score them in float64 or raise the damping"
             )
+
+
+def block_name(rows: slice, columns: slice) -> str:
+    """What the file of a block of scores is called."""
+    return f"queries-{rows.start:06d}-examples-{columns.start:09d}"
 
 
 def warn_about_zeros(norms: Tensor, what: str) -> None:
@@ -242,10 +310,29 @@ def version() -> str:
     return installed("forebear")
 
 
-def _strongest(values: Tensor, k: int) -> Tensor:
-    """Positions of the `k` largest of each row, largest first, ties to the left."""
+def strongest(candidates: Iterable[Candidates], k: int) -> tuple[Tensor, Tensor]:
+    """Values and positions `[q, k]` of the largest of each query, ties to the earlier one.
+
+    Candidates come grouped by query and, within a group, in the order of their positions.
+    """
+    kept_values: list[Tensor] = []
+    kept_rows: list[Tensor] = []
+    current: slice | None = None
+    for rows, values, positions in candidates:
+        if rows != current:
+            current = rows
+            kept_values.append(values[:, :0])
+            kept_rows.append(positions[:, :0])
+        kept_values[-1], kept_rows[-1] = best_of(
+            torch.cat([kept_values[-1], values], 1), torch.cat([kept_rows[-1], positions], 1), k
+        )
+    return torch.cat(kept_values), torch.cat(kept_rows)
+
+
+def best_of(values: Tensor, positions: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The `k` largest values of each row, largest first, ties to the left, and their positions."""
     k = min(k, values.shape[1])
     found, order = values.topk(k, dim=1)
     if ((values >= found[:, -1:]).sum(1) > k).any() or (found[:, 1:] == found[:, :-1]).any():
-        return values.argsort(dim=1, descending=True, stable=True)[:, :k]
-    return order
+        order = values.argsort(dim=1, descending=True, stable=True)[:, :k]
+    return values.gather(1, order), positions.gather(1, order)

@@ -2,12 +2,14 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from forebear.data import Data
+from forebear.executors import Executor, results
 from forebear.methods.fitted import Piece
 from forebear.methods.retrained import (
     FittedRetrained,
@@ -15,7 +17,6 @@ from forebear.methods.retrained import (
     require_feasible,
     restored,
 )
-from forebear.progress import track
 from forebear.stream import BATCH
 from forebear.task import Task
 from forebear.training.continuation import Continuation
@@ -93,14 +94,20 @@ class FurtherTrained:
         )
 
     def fit(
-        self, task: Task, train: Any, *, ids: Any = None, batch_size: int = BATCH
+        self,
+        task: Task,
+        train: Any,
+        *,
+        ids: Any = None,
+        batch_size: int = BATCH,
+        executor: Executor | None = None,
     ) -> "FittedFurtherTrained":
-        """Train one model without each example; all of them are kept."""
+        """Train one model without each example, where `executor` says; all of them are kept."""
         data = Data.of(train, ids=ids, collate=task.collate)
         require_feasible(task, data, self.seeds, self.limit)
         require_adjustable(self.adjustment, data)
-        fitted = FittedFurtherTrained(self, task, data, batch_size=batch_size)
-        fitted.states = self._trained(task, data)
+        fitted = FittedFurtherTrained(self, task, data, batch_size=batch_size, executor=executor)
+        fitted.states = self._trained(task, data, executor)
         return fitted
 
     def restore(
@@ -111,21 +118,19 @@ class FurtherTrained:
         restored(fitted, tensors)
         return fitted
 
-    def _trained(self, task: Task, data: Data) -> State:
+    def _trained(self, task: Task, data: Data, executor: Executor | None) -> State:
         nothing = torch.empty(0, dtype=torch.long)
         groups = [nothing, *torch.arange(len(data))[:, None]]
         removals = self.training.removals(len(data), groups)
         runs = Continuation(self.training, task, data, removals)
         each = range(self.seed, self.seed + self.seeds)
         work = [(seed, part) for seed in each for part in runs.parts()]
-        places: list[int] = []
-        states: list[State] = []
-        for seed, part in track(work, "further training", total=len(work)):
-            for models in runs.follow(part, seed, (self.epochs,)):
-                states.append({name: value.clone() for name, value in models.state.items()})
-            places += [(seed - self.seed) * len(groups) + run for run in part]
+        names = [f"seed-{seed:04d}-run-{part[0]:06d}" for seed, part in work]
+        compute = partial(_followed, runs, self.epochs, work)
+        states = list(results(compute, names, "further training", executor=executor))
+        places = [(seed - self.seed) * len(groups) + run for seed, part in work for run in part]
         order = torch.tensor(places).argsort()
-        return {name: value[order] for name, value in joined(states).items()}
+        return {name: value[order].to(task.device) for name, value in joined(states).items()}
 
 
 class FittedFurtherTrained(FittedRetrained):
@@ -139,3 +144,12 @@ class FittedFurtherTrained(FittedRetrained):
     def self_influence(self) -> Tensor:
         """In the same units."""
         return super().self_influence() / self.method.fraction
+
+
+def _followed(
+    runs: Continuation, epochs: float, work: list[tuple[int, list[int]]], piece: int
+) -> State:
+    """The states of runs that are trained together, after so many epochs."""
+    seed, part = work[piece]
+    *_, models = runs.follow(part, seed, (epochs,))
+    return {name: value.clone() for name, value in models.state.items()}

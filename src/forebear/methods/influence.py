@@ -9,7 +9,8 @@ each on top of this file.
 import copy
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from functools import partial
+from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor
@@ -19,14 +20,24 @@ from forebear.capture import Capture, Gradients
 from forebear.curvature import Curvature, Damping, FittedCurvature, Identity, as_damping
 from forebear.curvature.base import QUERY_BYTES
 from forebear.data import Data
-from forebear.errors import TaskError
+from forebear.errors import TaskError, unknown_name
+from forebear.executors import Executor, Pieces, results
 from forebear.gradients import joined
 from forebear.methods.correction import mean_gradient, moved, require_solver, solved_lengths
-from forebear.methods.fitted import Fitted, Piece, warn_about_zeros
+from forebear.methods.fitted import Candidates, Fitted, Piece, block_name, warn_about_zeros
+from forebear.methods.stretches import Stretches, own_elsewhere
+from forebear.methods.training_function import (
+    READY,
+    QueryFunction,
+    TrainingFunction,
+    features_of,
+)
+from forebear.methods.unit_points import UnitStream
 from forebear.plan import make_plan
 from forebear.projections import KeptStream, ProjectedStream, Projection, projected_plan
-from forebear.stream import BATCH, Stream
+from forebear.stream import BATCH, Result, Stream, is_elsewhere, piecewise, stretches
 from forebear.task import Checkpoint, Task
+from forebear.tasks.objective import SUMMARIES
 from forebear.types import require_choices
 
 FEATURE_BYTES = 2**30
@@ -39,8 +50,12 @@ class Influence:
 
     Attributes:
         name: what results are called.
-        gradient: of the training `"loss"`, or of TRAK's model `"output"`, whose scores are
-            weighted with the residual of each example.
+        gradient: of the training `"loss"`; of TRAK's model `"output"`, whose scores are weighted
+            with the residual of each example; or of a function of what the model says that the
+            task's objective knows by name, in place of the loss on both sides: `"square_norm"`
+            (D-TRAK), `"mean"` or `"absolute"`.
+        points: gradients of losses that average over levels of noise are their `"mean"`, or that of
+            gradients scaled to `"unit"` length first, for which every level is a pass of its own.
         curvature: the matrix C; `Identity()` compares gradients as they are.
         projection: compress gradients first; C is then that of the compressed ones.
         damping: λ; a number is relative to the mean eigenvalue of each block.
@@ -58,7 +73,8 @@ class Influence:
     """
 
     name: str = "influence"
-    gradient: Literal["loss", "output"] = "loss"
+    gradient: str = "loss"
+    points: Literal["mean", "unit"] = "mean"
     curvature: Curvature = Identity()
     projection: Projection | None = None
     damping: float | Damping = 0.1
@@ -71,6 +87,10 @@ class Influence:
 
     def __post_init__(self) -> None:
         require_choices(self)
+        if self.gradient not in (*READY, *SUMMARIES):
+            raise unknown_name("gradient of Influence", self.gradient, (*READY, *SUMMARIES))
+        if self.points == "unit" and self.gradient == "output":
+            raise TaskError("points='unit' leaves no weights for gradient='output': use 'loss'")
         if self.correction != "none" and (self.projection is not None or self.gradient != "loss"):
             raise TaskError(
                 f"correction={self.correction!r} moves the parameters, which needs whole gradients "
@@ -80,11 +100,24 @@ class Influence:
             _require_second_moments(self.curvature)
 
     def fit(
-        self, task: Task, train: Any, *, ids: Any = None, batch_size: int = BATCH
+        self,
+        task: Task,
+        train: Any,
+        *,
+        ids: Any = None,
+        batch_size: int = BATCH,
+        executor: Executor | None = None,
     ) -> "FittedInfluence":
-        """Check the layers on a batch and estimate the curvature at every checkpoint."""
+        """Check the layers on a batch and estimate the curvature at every checkpoint.
+
+        Passes over the training set whose results are added up or kept as features are made where
+        `executor` says, and so are those for scores. Curvatures that need a pass for every
+        iteration (CG, LiSSA, Arnoldi, Nyström), or keep the gradients themselves (DataInf, exact
+        ones of few examples), are estimated in this process.
+        """
         data = Data.of(train, ids=ids, collate=task.collate)
         fitted = self._unfitted(task, data, batch_size)
+        fitted.executor = executor
         damping = as_damping(self.damping)
         for i, checkpoint in enumerate(fitted.moments):
             with fitted.task.at(checkpoint):
@@ -135,28 +168,6 @@ class Influence:
         return FittedInfluence(self, task, data, make_plan(task, data), batch_size=batch_size)
 
 
-class TrainingFunction:
-    """What is differentiated on training examples; remembers the last batch's weights."""
-
-    def __init__(self, task: Task, gradient: str) -> None:
-        self.task = task
-        self.gradient = gradient
-        self.weights = torch.ones(())
-
-    def __call__(self, model: Any, batch: Any) -> Tensor:
-        """The loss `[b]`, or TRAK's model output, whose weight `−dℓ/df` is kept."""
-        if self.gradient == "loss":
-            return self.task.losses(model, batch)
-        output, self.weights = self.task.objective.link(model, batch)
-        return output
-
-    def forgetful(self, model: Any, batch: Any) -> Tensor:
-        """The same values, and the weights stay those of the batch before."""
-        if self.gradient == "loss":
-            return self.task.losses(model, batch)
-        return self.task.objective.link(model, batch)[0]
-
-
 class FittedInfluence(Fitted):
     """Curvatures fitted at every checkpoint, and projected gradients where they were kept."""
 
@@ -167,6 +178,7 @@ class FittedInfluence(Fitted):
         self.method: Influence = method
         self.units = method.units
         self.plan = plan
+        self.examples = len(train)  # that a removal is one of, also where only some are faced
         self.curvatures: list[FittedCurvature] = []
         self.training: list[Stream | ProjectedStream | KeptStream] = []
         uses_checkpoints = method.checkpoints != "last" and task.checkpoints
@@ -244,37 +256,35 @@ class FittedInfluence(Fitted):
         """What is differentiated on training examples."""
         return TrainingFunction(self.task, self.method.gradient)
 
-    def query_function(self, model: Any, batch: Any) -> Tensor:
-        """What is differentiated on queries, `[b]`, signed so that proponents score positive."""
-        if self.method.gradient == "output":
-            # ∇ℓ = −weight · ∇f, so products with ∇f already have the right sign.
-            if self.task.measure is None:
-                return self.task.objective.link(model, batch)[0]
-            return self.task.measurements(model, batch)
-        return -self.task.measurements(model, batch)
+    @property
+    def query_function(self) -> QueryFunction:
+        """What is differentiated on queries, signed so that proponents score positive."""
+        return QueryFunction(self.task, self.method.gradient)
 
-    def stream(self, i: int, data: Data) -> Stream | ProjectedStream:
+    def stream(
+        self, i: int, data: Data, executor: Executor | None = None
+    ) -> Stream | ProjectedStream:
         """The gradients of a dataset at checkpoint i, projected when the method projects."""
-        stream = Stream(self.task, self.plan, data, self.batch_size)
+        kind = UnitStream if self.method.points == "unit" else Stream
+        stream = kind(self.task, self.plan, data, self.batch_size, executor)
         if self.method.projection is None:
             return stream
         return ProjectedStream(stream, self.projections[i], self.feature_plan)
 
     def open_training(self, i: int) -> Stream | ProjectedStream | KeptStream:
         """The training set at checkpoint i; projected gradients are kept when they fit."""
-        stream = self.stream(i, self.train)
+        stream = self.stream(i, self.train, self.executor)
         keeps = 4 * self._feature_size() * len(self.train) <= FEATURE_BYTES
         if self.method.projection is None or not keeps:
             self.training.append(stream)
             return stream
         features, weights = None, torch.ones(len(self.train))
-        function = self.training_function()
-        for rows, _, gradients in stream.gradients(function, "projected gradients"):
-            part = torch.cat([terms[0].left[:, 0] for terms in gradients.values()], 1)
+        compute = partial(features_of, self.method.gradient)
+        for rows, found in piecewise(stream, compute, "projected gradients"):
             if features is None:
-                features = part.new_empty(len(self.train), part.shape[1])
-                weights = weights.to(part)
-            features[rows], weights[rows] = part, function.weights
+                features = found["features"].new_empty(len(self.train), self._feature_size())
+                weights = weights.to(features)
+            features[rows], weights[rows] = found["features"], found["weights"]
         assert features is not None
         return self.keep(features, weights)
 
@@ -284,28 +294,55 @@ class FittedInfluence(Fitted):
         self.training.append(kept)
         return kept
 
+    def restricted(self, positions: Tensor) -> Self:
+        """The same curvature, with gradients of the examples at `positions` only."""
+        part = self.on(None)
+        part.train = self.train.select(positions)
+        part.training = [
+            part.stream(i, part.train)
+            if isinstance(stream, Stream | ProjectedStream)
+            else stream.select(part.train, positions)
+            for i, stream in enumerate(self.training)
+        ]
+        return part
+
     def pieces(self, queries: Data) -> Iterator[Piece]:
         """Scores of all pairs, a group of queries and a batch of examples at a time."""
-        step = self._queries_at_a_time(queries)
-        for start in range(0, len(queries), step):
-            rows = slice(start, min(start + step, len(queries)))
-            prepared = [self._prepare(i, queries.slice(rows)) for i in range(len(self.moments))]
-            for columns, values in self._against_training(prepared):
+        for rows in self._groups(queries):
+            for columns, values in self.against_training(self._prepared(queries.slice(rows))):
                 yield rows, columns, values
+
+    def blocks(self, queries: Data, kept: Pieces | None = None) -> Iterator[Piece]:
+        """Scores of all pairs, a group of queries and a stretch of examples at a time."""
+        if not self._computes or (kept is None and not is_elsewhere(self.executor)):
+            yield from super().blocks(queries, kept)
+            return
+        for rows, columns, found in self._by_stretch(queries, None, kept):
+            yield rows, columns, found["scores"]
+
+    def candidates(self, queries: Data, k: int, sign: float) -> Iterator[Candidates]:
+        """The `k` largest scores of every stretch, where those are worked out elsewhere."""
+        if not self._computes or not is_elsewhere(self.executor):
+            yield from super().candidates(queries, k, sign)
+            return
+        for rows, _, found in self._by_stretch(queries, (k, sign)):
+            yield rows, found["values"], found["positions"]
 
     def self_influence(self) -> Tensor:
         """`gᵀ (C + λI)⁻¹ g` of each example in the method's units, `[n]`, in one pass."""
+        if self._computes and is_elsewhere(self.executor):
+            return own_elsewhere(self, self.executor)
         out: Tensor | None = None
-        for columns, weights, gradients in self._training_pass("self-influence"):
+        for columns, weights, gradients in self.training_pass("self-influence"):
             norms = [
-                self._own(fit, g) * self._share(i)
+                self._own(fit, g) * self.share(i)
                 for i, (fit, g) in enumerate(zip(self.curvatures, gradients, strict=True))
             ]
             values = torch.stack(norms).sum(0)
             out = values.new_empty(len(self.train), device="cpu") if out is None else out
             out[columns] = (values * weights).cpu()
         assert out is not None
-        return out * self._scale()
+        return out * self.scale
 
     def tensors(self) -> dict[str, Tensor]:
         """The curvatures' state and the kept features, by checkpoint."""
@@ -343,25 +380,52 @@ class FittedInfluence(Fitted):
         warn_about_zeros(lengths, "training examples")
         return lengths
 
-    def _share(self, i: int) -> float:
+    def share(self, i: int) -> float:
         """Weight of checkpoint i in a sum over checkpoints."""
         if self.method.checkpoints == "mean":
             return 1.0 / len(self.moments)
         checkpoint = self.moments[i]
         return 1.0 if checkpoint is None else checkpoint.learning_rate
 
-    def _scale(self) -> float:
-        return 1.0 / len(self.train) if self.method.units == "removal" else 1.0
+    @property
+    def scale(self) -> float:
+        """What products are multiplied by."""
+        return 1.0 / self.examples if self.method.units == "removal" else 1.0
 
-    def _queries_at_a_time(self, queries: Data) -> int:
-        """As many queries as fit into memory once prepared."""
+    @property
+    def _computes(self) -> bool:
+        """Whether gradients of training examples are computed anew: not where they are at hand."""
+        return all(isinstance(stream, Stream | ProjectedStream) for stream in self.training)
+
+    def _by_stretch(
+        self, queries: Data, top: tuple[int, float] | None, kept: Pieces | None = None
+    ) -> Iterator[tuple[slice, slice, Result]]:
+        """Query and training positions, and what `Stretches` finds, from wherever that is done."""
+        columns = stretches(len(self.train))
+        for rows in self._groups(queries):
+            names = [block_name(rows, each) for each in columns]
+            prepared = None
+            if kept is None or not all(kept.has(name) for name in names):
+                prepared = self._prepared(queries.slice(rows))
+            work = Stretches(self.on(None), prepared, queries.ids[rows], tuple(columns), top)
+            found = results(work, names, "scores", pieces=kept, executor=self.executor)
+            for each, result in zip(columns, found, strict=True):
+                yield rows, each, result
+
+    def _groups(self, queries: Data) -> Iterator[slice]:
+        """Positions of as many queries as fit into memory once prepared."""
         if self.method.projection is not None:
             each = 4 * self._feature_size()
         else:
             with Capture(self.task, self.plan) as capture:
                 _, one = capture.gradients(self.query_function, queries.batch(slice(0, 1)))
             each = self.curvatures[0].query_bytes(one, len(queries))
-        return max(1, min(len(queries), QUERY_BYTES // (each * len(self.moments))))
+        step = max(1, min(len(queries), QUERY_BYTES // (each * len(self.moments))))
+        for start in range(0, len(queries), step):
+            yield slice(start, min(start + step, len(queries)))
+
+    def _prepared(self, group: Data) -> list[tuple[Any, Tensor]]:
+        return [self._prepare(i, group) for i in range(len(self.moments))]
 
     def _prepare(self, i: int, group: Data) -> tuple[Any, Tensor]:
         """Prepared queries of a group and their lengths in the metric, `[q]`."""
@@ -376,10 +440,11 @@ class FittedInfluence(Fitted):
             warn_about_zeros(lengths, "queries")
         return fit.prepare(gradients), lengths
 
-    def _against_training(
+    def against_training(
         self, prepared: list[tuple[Any, Tensor]]
     ) -> Iterator[tuple[slice, Tensor]]:
-        for columns, weights, gradients in self._training_pass("scores"):
+        """Training positions and scores `[q, b]` of prepared queries, batch by batch."""
+        for columns, weights, gradients in self.training_pass("scores"):
             total: Tensor | None = None
             for i, (fit, g) in enumerate(zip(self.curvatures, gradients, strict=True)):
                 ready, lengths = prepared[i]
@@ -388,16 +453,20 @@ class FittedInfluence(Fitted):
                     others = self._lengths(fit, g)
                     by = lengths[..., None] * others
                     part /= by.clamp_min(torch.finfo(part.dtype).tiny)
-                share = self._share(i)
+                share = self.share(i)
                 part = part if share == 1.0 else part.mul_(share)
                 total = part if total is None else total.add_(part)
             assert total is not None
             if self.method.gradient == "output":
                 total *= weights
-            scale = self._scale()
+            scale = self.scale
             yield columns, total if scale == 1.0 else total.mul_(scale)
 
-    def _training_pass(self, description: str) -> Iterator[tuple[slice, Tensor, list[Gradients]]]:
+    def finished(self, scores: Tensor, columns: slice) -> Tensor:
+        """What a subclass makes of the scores `[..., b]` of the equation."""
+        return scores
+
+    def training_pass(self, description: str) -> Iterator[tuple[slice, Tensor, list[Gradients]]]:
         """Training positions, weights `[b]`, and gradients at every checkpoint, batch by batch."""
         function = self.training_function()
         if len(self.moments) == 1:

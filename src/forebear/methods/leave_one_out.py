@@ -1,6 +1,7 @@
 """Retraining from scratch without each example."""
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -8,20 +9,24 @@ from torch import Tensor
 
 from forebear.data import Data
 from forebear.errors import TaskError
+from forebear.executors import Executor, results
 from forebear.methods.retrained import (
     FittedRetrained,
     require_adjustable,
     require_feasible,
     restored,
 )
-from forebear.stream import BATCH
+from forebear.stream import BATCH, is_elsewhere
 from forebear.task import Task
 from forebear.training.continuation import require_finite_losses
 from forebear.training.recipe import Recipe, seeded
 from forebear.training.response import Adjustment
-from forebear.training.stacked import state_of
+from forebear.training.stacked import State, joined, state_of
 from forebear.training.subsets import leave_one_out_subsets
 from forebear.types import require_choices
+
+MODELS = 50
+"""Retrainings that go to another process together."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,9 +58,15 @@ class LeaveOneOut:
             raise TaskError(f"seeds is {self.seeds}: it must be at least 1")
 
     def fit(
-        self, task: Task, train: Any, *, ids: Any = None, batch_size: int = BATCH
+        self,
+        task: Task,
+        train: Any,
+        *,
+        ids: Any = None,
+        batch_size: int = BATCH,
+        executor: Executor | None = None,
     ) -> "FittedLeaveOneOut":
-        """Retrain without each example; all models are kept."""
+        """Retrain without each example, where `executor` says; all models are kept."""
         data = Data.of(train, ids=ids, collate=task.collate)
         require_feasible(task, data, self.seeds, self.limit)
         require_adjustable(self.adjustment, data)
@@ -65,9 +76,15 @@ class LeaveOneOut:
         everything = torch.ones(1, len(data), dtype=torch.bool)
         masks = torch.cat([everything, leave_one_out_subsets(len(data), range(len(data)))])
         seeds = [self.seed + k for k in range(self.seeds) for _ in range(len(masks))]
-        models = recipe.train_many(data, masks.repeat(self.seeds, 1), seeds)
-        fitted = FittedLeaveOneOut(self, task, data, batch_size=batch_size)
-        fitted.states = models.state
+        fitted = FittedLeaveOneOut(self, task, data, batch_size=batch_size, executor=executor)
+        masks = masks.repeat(self.seeds, 1)
+        if is_elsewhere(executor):
+            names = [f"models-{start:06d}" for start in range(0, len(masks), MODELS)]
+            compute = partial(_trained, recipe, data, masks, seeds)
+            found = results(compute, names, "leave-one-out", executor=executor)
+            fitted.states = {k: v.to(task.device) for k, v in joined(list(found)).items()}
+        else:
+            fitted.states = recipe.train_many(data, masks, seeds).state
         return fitted
 
     def restore(self, task: Task, train: Data, tensors: dict[str, Tensor]) -> "FittedLeaveOneOut":
@@ -97,3 +114,9 @@ class LeaveOneOut:
 
 class FittedLeaveOneOut(FittedRetrained):
     """Models retrained without each example."""
+
+
+def _trained(recipe: Recipe, data: Data, masks: Tensor, seeds: list[int], piece: int) -> State:
+    """The states of `MODELS` models."""
+    rows = slice(piece * MODELS, (piece + 1) * MODELS)
+    return dict(recipe.train_many(data, masks[rows], seeds[rows]).state)

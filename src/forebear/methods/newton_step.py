@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -10,6 +10,7 @@ from torch import Tensor
 from forebear.capture import Capture, Gradients
 from forebear.curvature import Damping, Dense
 from forebear.data import Data, naming
+from forebear.executors import Executor
 from forebear.methods.influence import FittedInfluence, Influence
 from forebear.plan import make_plan
 from forebear.removal.estimators import corrected_residuals
@@ -49,12 +50,21 @@ class NewtonInfluence(Influence):
     """
 
     def fit(
-        self, task: Task, train: Any, *, ids: Any = None, batch_size: int = BATCH
+        self,
+        task: Task,
+        train: Any,
+        *,
+        ids: Any = None,
+        batch_size: int = BATCH,
+        executor: Executor | None = None,
     ) -> "FittedNewtonStep":
-        """Form and factorise the curvature, and find every example's part in it."""
+        """Form and factorise the curvature, and find every example's part in it.
+
+        `executor` forms the curvature and scores; each example's part is found in this process.
+        """
         data = Data.of(train, ids=ids, collate=task.collate)
         derivatives = output_derivatives(task, data, batch_size)
-        fitted = super().fit(task, data, batch_size=batch_size)
+        fitted = super().fit(task, data, batch_size=batch_size, executor=executor)
         assert isinstance(fitted, FittedNewtonStep)
         fitted.correct(*derivatives)
         return fitted
@@ -111,6 +121,12 @@ class FittedNewtonStep(FittedInfluence):
         self.corrected = corrected_residuals(residuals, curvatures, kernels)
         self.own = torch.einsum("na,nab,nb->n", residuals, kernels, self.corrected)
 
+    def restricted(self, positions: Tensor) -> Self:
+        """The same curvature, with the corrected residuals at `positions` only."""
+        part = super().restricted(positions)
+        part.corrected, part.own = self.corrected[positions], self.own[positions]
+        return part
+
     def self_influence(self) -> Tensor:
         """Score of each example for its own loss, `[n]`."""
         return self.own
@@ -119,7 +135,7 @@ class FittedNewtonStep(FittedInfluence):
         """The curvature's state and the corrected residuals."""
         return {**super().tensors(), "corrected": self.corrected, "own": self.own}
 
-    def _training_pass(self, description: str) -> Iterator[tuple[slice, Tensor, list[Gradients]]]:
+    def training_pass(self, description: str) -> Iterator[tuple[slice, Tensor, list[Gradients]]]:
         """Positions, weights of one, and corrected gradients, batch by batch."""
         objective, one = self.task.objective, torch.ones(())
         with Capture(self.task, self.plan) as capture:

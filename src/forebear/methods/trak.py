@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-from forebear.curvature import Damping, Dense
+from forebear.curvature import Damping, Dense, Whole
 from forebear.errors import unknown_name
 from forebear.gradients import Precision
 from forebear.methods.influence import Influence
@@ -11,7 +11,7 @@ from forebear.projections import SJLT, Gaussian, TensorSketch
 
 def TRAK(
     *,
-    dimension: int = 2048,
+    dimension: int | None = 2048,
     damping: float | Damping = 0.01,
     projection: Literal["tensor_sketch", "gaussian", "sjlt"] = "tensor_sketch",
     precision: Precision = "float32",
@@ -24,7 +24,7 @@ def TRAK(
     weights are averaged apart, as in the paper; without checkpoints the model itself is the one.
 
     Args:
-        dimension: of the projection.
+        dimension: of the projection; None compares whole gradients, which suits small models.
         damping: λ; a number is relative to the mean eigenvalue of the kernel. The paper has none,
             which needs many more examples than dimensions.
         projection: `"tensor_sketch"` acts on factors; `"gaussian"` is the dense reference, and
@@ -36,11 +36,12 @@ def TRAK(
     kinds = {"tensor_sketch": TensorSketch, "gaussian": Gaussian, "sjlt": SJLT}
     if projection not in kinds:
         raise unknown_name("projection of TRAK", str(projection), kinds)
+    dense = Dense(kind="fisher", precision=precision)
     return Influence(
         name="trak",
         gradient="output",
-        curvature=Dense(kind="fisher", precision=precision),
-        projection=kinds[projection](dimension),
+        curvature=dense if dimension is not None else Whole(dense),
+        projection=None if dimension is None else kinds[projection](dimension),
         damping=damping,
         checkpoints="mean",
         units="removal",

@@ -12,6 +12,7 @@ from torch.func import grad, vjp, vmap
 
 from forebear.data import Data, map_tensors, naming, require_finite
 from forebear.errors import NonFiniteError
+from forebear.executors import Executor
 from forebear.methods.fitted import Fitted, Piece
 from forebear.progress import track
 from forebear.stream import BATCH
@@ -72,11 +73,20 @@ class Unrolled:
         )
 
     def fit(
-        self, task: Task, train: Any, *, ids: Any = None, batch_size: int = BATCH
+        self,
+        task: Task,
+        train: Any,
+        *,
+        ids: Any = None,
+        batch_size: int = BATCH,
+        executor: Executor | None = None,
     ) -> "FittedUnrolled":
-        """Train the model on, and remember points of the way."""
+        """Train the model on, and remember points of the way.
+
+        A step needs the one before it, so nothing of this is spread: it is done in this process.
+        """
         data = Data.of(train, ids=ids, collate=task.collate)
-        fitted = FittedUnrolled(self, task, data, batch_size=batch_size)
+        fitted = FittedUnrolled(self, task, data, batch_size=batch_size, executor=executor)
         fitted.path = Path(self, task, data)
         return fitted
 

@@ -1,7 +1,7 @@
 """Streams of projected gradients, computed as they pass or kept in memory."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -9,6 +9,7 @@ from torch import Tensor
 from forebear.blocks import Block, Plan
 from forebear.capture import Function, Gradients
 from forebear.data import Data
+from forebear.executors import Executor
 from forebear.layers import vector
 from forebear.projections.base import PreparedProjection
 from forebear.stream import Stream
@@ -41,6 +42,11 @@ class ProjectedStream:
         """The data of the stream."""
         return self.stream.data
 
+    @property
+    def executor(self) -> Executor | None:
+        """Where the stream's passes are made."""
+        return self.stream.executor
+
     def gradients(
         self, function: Function, description: str
     ) -> Iterator[tuple[slice, Tensor, Gradients]]:
@@ -57,13 +63,17 @@ class ProjectedStream:
         """Positions and batches."""
         return self.stream.batches(description)
 
+    def part(self, rows: slice) -> "ProjectedStream":
+        """The stream of some examples."""
+        return replace(self, stream=self.stream.part(rows))
+
 
 @dataclass(frozen=True)
 class KeptStream:
     """Projected gradients `[n, k]` of a dataset in memory, and one weight `[n]` for each.
 
     It has the face of a stream, whatever function is asked for: features belong to the one they
-    were made with.
+    were made with. Passes over it are made here, where the features are.
     """
 
     task: Task
@@ -89,6 +99,21 @@ class KeptStream:
         """Positions; the batches themselves are not needed."""
         for start in range(0, len(self.features), self.step):
             yield slice(start, min(start + self.step, len(self.features))), None
+
+    @property
+    def executor(self) -> None:
+        """In this process."""
+        return None
+
+    def part(self, rows: slice) -> "KeptStream":
+        """The features of some examples."""
+        data, features, weights = self.data.slice(rows), self.features[rows], self.weights[rows]
+        return replace(self, data=data, features=features, weights=weights)
+
+    def select(self, data: Data, positions: Tensor) -> "KeptStream":
+        """The features at `positions` `[m]`, which are those of `data`."""
+        features, weights = self.features[positions], self.weights[positions]
+        return replace(self, data=data, features=features, weights=weights)
 
 
 def as_blocks(features: Tensor, plan: Plan) -> Gradients:

@@ -20,6 +20,7 @@ from forebear.search.screening import EXACT_ROWS, Screen
 MOST_ROWS = 2**15
 PAIRS = 2**21  # products of one piece of work: four megabytes in bfloat16
 WIDTH = 128  # rows whose largest product decides whether any of them is looked at
+FEW = 0.25  # share of the rows of a part below which picking them out is less work than them all
 
 
 @dataclass(frozen=True)
@@ -39,13 +40,53 @@ class TopRows:
 
 @dataclass(frozen=True)
 class Part:
-    """Rows that one worker looks at; those that a filter leaves out are gone."""
+    """Rows that one worker looks at.
+
+    Attributes:
+        values: `[b, d]` as stored.
+        scales: of the values, or None.
+        positions: `[b]`.
+        lengths: `[b]` of the rows.
+        groups: `[b]`, or None.
+        chosen: `[b]` bool which of them a filter leaves; None for all.
+    """
 
     values: Tensor
     scales: Tensor | None
     positions: np.ndarray
-    longest: float
+    lengths: Tensor
     groups: Tensor | None
+    chosen: Tensor | None
+
+    @property
+    def longest(self) -> float:
+        """Length of the longest row."""
+        return float(self.lengths.max())
+
+    def near(self, reach: float) -> "Part | None":
+        """Without rows that the filter left out, and mostly without those shorter than `reach`.
+
+        The latter stay where picking out the others would be more work; None when none is left.
+        """
+        kept = self.lengths > reach
+        if self.chosen is not None:
+            kept &= self.chosen
+        count = int(kept.sum())
+        if count == 0:
+            return None
+        if count > FEW * len(kept):
+            if self.chosen is None or bool(self.chosen.all()):
+                return self
+            kept = self.chosen
+        where = kept.nonzero()[:, 0]
+        return Part(
+            self.values.index_select(0, where),
+            None if self.scales is None else self.scales[where],
+            self.positions[where.numpy()],
+            self.lengths[where],
+            None if self.groups is None else self.groups[where],
+            None,
+        )
 
 
 Found = tuple[np.ndarray, np.ndarray, np.ndarray]
@@ -81,9 +122,8 @@ def search_exact(
         NonFiniteError: a query or row is NaN or infinite.
     """
     queries = checked_queries(store, queries)
-    columns = _Columns(store)
-    chosen = None if filter is None else _chosen(store, columns, filter)
-    labels, members = _groups(store, columns, group, chosen)
+    chosen = None if filter is None else chosen_rows(store, filter)
+    labels, members = _groups(store, group, chosen)
     _require_rows(k, len(store) if chosen is None else int(chosen.sum()), labels, members, chosen)
     lengths = row_lengths(store)
     count = 1 if labels is None else len(labels)
@@ -107,11 +147,15 @@ class _Scan:
         self.queries = queries
         self.k = k
         self.groups = groups
-        self.screens: dict[torch.dtype, Screen] = {}
+        self.screens: dict[tuple[torch.dtype, bool], Screen] = {}
 
     def __call__(self, part: Part, thresholds: Tensor) -> Found:
         """Whatever of `part` exceeds the thresholds `[q * g]`, and perhaps more."""
-        screen = self.screen(part.values.dtype)
+        screen = self.screen(part)
+        near = part.near(screen.reach(thresholds.view(len(self.queries), -1).amin(1)))
+        if near is None:
+            return np.empty(0, np.int64), np.empty(0, np.int64), np.empty(0, np.float32)
+        part = near
         products = screen.products(part.values, part.scales)
         scaled = part.scales is not None
         table = thresholds.view(len(self.queries), self.groups)
@@ -136,11 +180,12 @@ class _Scan:
         values = screen.settle(part.values, part.scales, rows, queries)
         return self._named(part, rows, queries, values, thresholds)
 
-    def screen(self, stored: torch.dtype) -> Screen:
-        """The queries, ready for rows of a type."""
-        if stored not in self.screens:
-            self.screens[stored] = Screen.of(self.queries, stored)
-        return self.screens[stored]
+    def screen(self, part: Part) -> Screen:
+        """The queries, ready for rows of this kind."""
+        kind = part.values.dtype, part.scales is not None and part.scales.ndim == 2
+        if kind not in self.screens:
+            self.screens[kind] = Screen.of(self.queries, kind[0], by_column=kind[1])
+        return self.screens[kind]
 
     def _all_pairs(self, screen: Screen, part: Part, thresholds: Tensor) -> Found:
         found = []
@@ -239,23 +284,15 @@ def _parts(
 ) -> Iterator[Part]:
     """The rows in pieces of work."""
     size = max(WIDTH, min(MOST_ROWS, PAIRS // queries))
-    for block in track(store.blocks(2 * MOST_ROWS), "search"):
-        start = block.rows.start
-        while start < block.rows.stop:
-            rows = slice(start, min(start + size, block.rows.stop))
-            start = rows.stop
-            inside = slice(rows.start - block.rows.start, rows.stop - block.rows.start)
-            values = block.values[inside]
-            scales = None if block.scales is None else block.scales[inside]
-            positions = np.arange(rows.start, rows.stop)
-            if chosen is not None and not chosen[rows].all():
-                kept = torch.from_numpy(chosen[rows].nonzero()[0])
-                values, positions = values[kept], positions[kept.numpy()]
-                scales = None if scales is None else scales[kept]
-            if len(positions):
-                groups = None if members is None else torch.from_numpy(members[positions])
-                longest = float(lengths[positions[0] : positions[-1] + 1].max())
-                yield Part(values, scales, positions, longest, groups)
+    for block in track(store.blocks(size), "search"):
+        yield Part(
+            block.values,
+            block.scales,
+            np.arange(block.rows.start, block.rows.stop),
+            lengths[block.rows],
+            None if members is None else torch.from_numpy(members[block.rows]),
+            None if chosen is None else torch.from_numpy(chosen[block.rows]),
+        )
 
 
 class _Columns:
@@ -271,10 +308,10 @@ class _Columns:
         return self.read[name]
 
 
-def _chosen(store: Rows, columns: _Columns, filter: Filter | np.ndarray) -> np.ndarray:
+def chosen_rows(store: Rows, filter: Filter | np.ndarray) -> np.ndarray:
     """Which rows take part, bool `[n]`."""
     if not isinstance(filter, np.ndarray):
-        return filter.matches(columns, slice(0, len(store)))
+        return filter.matches(_Columns(store), slice(0, len(store)))
     if filter.dtype != bool or filter.shape != (len(store),):
         raise DataError(
             f"filter is {filter.dtype} of shape {filter.shape}: give one bool for each of the "
@@ -284,12 +321,12 @@ def _chosen(store: Rows, columns: _Columns, filter: Filter | np.ndarray) -> np.n
 
 
 def _groups(
-    store: Rows, columns: _Columns, group: str | np.ndarray | None, chosen: np.ndarray | None
+    store: Rows, group: str | np.ndarray | None, chosen: np.ndarray | None
 ) -> tuple[np.ndarray | None, np.ndarray | None]:
     """Labels of the groups `[g]`, and the group of each row `[n]`."""
     if group is None:
         return None, None
-    values = columns(group) if isinstance(group, str) else np.asarray(group)
+    values = store.column(group) if isinstance(group, str) else np.asarray(group)
     if values.shape != (len(store),):
         raise DataError(
             f"group has shape {values.shape}: give one label for each of the {len(store)} rows"

@@ -10,6 +10,8 @@ from torch import Tensor
 
 from forebear.data import require_finite
 from forebear.errors import DataError, unknown_name
+from forebear.store.manifest import SCALE_COLUMNS
+from forebear.store.rows import decode
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.int8)
 
@@ -29,7 +31,7 @@ class RowBlock(Protocol):
 
     @property
     def scales(self) -> Tensor | None:
-        """`[b]` where rows are `values * scales[:, None]`, as those of int8; None elsewhere."""
+        """What values are multiplied with: `[b]`, `[b, g]` for columns (int8), or None."""
         ...
 
 
@@ -72,7 +74,8 @@ class ArrayRows:
 
     Attributes:
         values: `[n, d]` float32, float16, bfloat16 or int8.
-        scales: `[n]` float32: a row is `values[i] * scales[i]`. int8 needs them.
+        scales: `[n]`: a row is `values[i] * scales[i]`; or `[n, g]`, one for each 16 columns, as
+            stores have them. int8 needs them.
         columns: what else is known of each row, by name, `[n]` each.
 
     Raises:
@@ -97,8 +100,14 @@ class ArrayRows:
         for name, column in sized:
             if len(column) != len(self.values):
                 raise DataError(f"{name} has {len(column)} entries for {len(self.values)} rows")
+        groups = -(-self.dimension // SCALE_COLUMNS)
+        if self.scales is not None and self.scales.shape[1:] not in ((), (groups,)):
+            raise DataError(
+                f"scales have shape {tuple(self.scales.shape)}: give one a row, or {groups} for "
+                f"{self.dimension} columns"
+            )
         lengths = [
-            torch.linalg.vector_norm(decoded(block.values, block.scales), dim=1)
+            torch.linalg.vector_norm(decode(block.values, block.scales), dim=1)
             for block in self.blocks(4096)
         ]
         require_finite(torch.cat(lengths)[:, None], "rows")
@@ -127,9 +136,3 @@ class ArrayRows:
         if name not in self.columns:
             raise unknown_name("column", name, self.columns)
         return np.asarray(self.columns[name])
-
-
-def decoded(values: Tensor, scales: Tensor | None) -> Tensor:
-    """Stored rows `[b, d]` as float32."""
-    values = values.float()
-    return values if scales is None else values * scales[:, None]

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
+from forebear.types import partial_path
+
 PARTIAL = ".partial"
 
 
@@ -18,7 +20,7 @@ def write_whole(path: Path, pieces: Sequence[bytes | memoryview]) -> None:
             says what was needed.
     """
     size = sum(len(piece) for piece in pieces)
-    partial = path.with_name(path.name + PARTIAL)
+    partial = partial_path(path)
     try:
         with open(partial, "wb", buffering=0) as file:
             if hasattr(os, "posix_fallocate") and size:

@@ -8,9 +8,15 @@ from typing import Any, Literal
 
 from forebear.errors import DataError, FormatError, MismatchError
 from forebear.store.files import write_whole
-from forebear.types import FORMAT, read_json, require_choices
+from forebear.types import read_json, require_choices
 
 NAME = "manifest.json"
+FORMAT = 2
+"""Format 1 knows int8 with one scale a row only; it is read, and written where it is enough."""
+
+SCALE_COLUMNS = 16
+"""Columns of int8 rows that share a scale, unless another number is chosen."""
+
 SHARD_BYTES = 2**23
 """Rows of a shard take about so many bytes (8 MB) unless their number is chosen."""
 
@@ -19,7 +25,7 @@ COLUMN_DTYPES = ("int64", "int32", "float64", "float32", "bool", "string")
 
 StoredType = Literal["float32", "float16", "bfloat16", "int8"]
 
-SAME = ("dimension", "dtype", "ids", "weighted", "columns", "parts")
+SAME = ("dimension", "dtype", "scale_columns", "ids", "weighted", "columns", "parts")
 FINGERPRINTS = ("model", "method", "settings", "seed", "precision")
 
 
@@ -43,7 +49,9 @@ class Manifest:
     Attributes:
         rows: how many there are when it is complete.
         dimension: numbers in a row.
-        dtype: how they are stored; int8 has one scale a row.
+        dtype: how they are stored.
+        scale_columns: for int8, so many consecutive columns of a row share a scale; 0 for one scale
+            a row. Without meaning for other types, and 0 there.
         shard_rows: rows of a shard, the last may have fewer.
         ids: whether ids are `"integer"` or `"string"`.
         weighted: each row is kept as a vector and a weight, and stands for their product.
@@ -61,6 +69,7 @@ class Manifest:
     rows: int
     dimension: int
     dtype: StoredType = "bfloat16"
+    scale_columns: int = SCALE_COLUMNS
     shard_rows: int = 0
     ids: Literal["integer", "string"] = "integer"
     weighted: bool = False
@@ -80,6 +89,13 @@ class Manifest:
             raise DataError(
                 f"a store of {self.rows} rows of {self.dimension} numbers: both must be at least 1"
             )
+        if self.scale_columns not in (0, SCALE_COLUMNS):
+            raise DataError(
+                f"scale_columns is {self.scale_columns}: use {SCALE_COLUMNS}, or 0 for one scale a "
+                "row"
+            )
+        if self.dtype != "int8":
+            object.__setattr__(self, "scale_columns", 0)
         if self.shard_rows < 0:
             raise DataError(f"shard_rows is {self.shard_rows}: it must be at least 1")
         if self.shard_rows == 0:
@@ -134,7 +150,11 @@ class Manifest:
 
     def write(self, folder: Path) -> None:
         """Write `manifest.json` whole or not at all."""
-        content = json.dumps({"format": FORMAT, **self.plain()}, indent=1) + "\n"
+        facts = {"format": FORMAT, **self.plain()}
+        if not self.scale_columns:
+            facts["format"] = 1
+            del facts["scale_columns"]
+        content = json.dumps(facts, indent=1) + "\n"
         write_whole(folder / NAME, [content.encode()])
 
     @classmethod
@@ -147,7 +167,7 @@ class Manifest:
         path = folder / NAME
         if not path.exists():
             raise FormatError(f"{folder} is not a store: it has no {NAME}")
-        content = read_json(path)
+        content = {"scale_columns": 0, **read_json(path, FORMAT)}
         try:
             known: dict[str, Any] = {f.name: content[f.name] for f in fields(cls)}
             known["columns"] = {

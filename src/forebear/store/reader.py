@@ -1,6 +1,8 @@
 """Reading a store: mapped into memory, in order or at random."""
 
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -18,6 +20,15 @@ from forebear.store.shards import Shard, path_of
 MAPPED = 8192
 """Shards that stay mapped; the kernel allows a process 65,530 maps of all kinds."""
 
+ROW_TENSORS = {"values", "scales", "weights"}
+"""Tensors of a shard that the numbers of its rows are made of."""
+
+FEW = 4
+"""Rows up to which each is read by itself."""
+
+AHEAD = 2
+"""Shards that are fetched before they are asked for."""
+
 
 @dataclass(frozen=True)
 class Block:
@@ -26,7 +37,9 @@ class Block:
     Attributes:
         rows: their positions in the store.
         values: `[b, k]` in the stored type: a view of the mapped file, not a copy.
-        scales: `[b]` what the values of each row are to be multiplied with, or None.
+        scales: what the values are to be multiplied with: `[b]` for each row, `[b, g]` for each
+            `SCALE_COLUMNS` columns of each row (int8), or None. `decode(values, scales)` of
+            `forebear.store` does it.
     """
 
     rows: slice
@@ -81,9 +94,13 @@ class Store:
         """`[n]` ids, integers or strings."""
         return self._labels("ids", "int64" if self.manifest.ids == "integer" else "string")
 
-    @cached_property
+    @property
     def norms(self) -> Tensor:
         """`[n]` lengths of the rows before they were rounded."""
+        return self._norms
+
+    @cached_property
+    def _norms(self) -> Tensor:
         return torch.cat([shard.tensors["norms"] for shard in self._shards()])
 
     @cached_property
@@ -114,8 +131,7 @@ class Store:
         """
         if rows_at_a_time < 1:
             raise DataError(f"rows_at_a_time is {rows_at_a_time}: it must be at least 1")
-        for number, shard in enumerate(self._shards()):
-            shard.populate()
+        for number, shard in enumerate(self._populated()):
             first = self.manifest.rows_of(number).start
             scales = _scales(shard.tensors, weighted)
             values = shard.tensors["values"]
@@ -141,20 +157,37 @@ class Store:
             raise DataError(
                 f"position {where[bad][0]} is not in the store: it has {len(self)} rows, from 0"
             )
-        out = torch.empty(len(where), self.dimension)
+        if len(where) <= FEW:
+            return self._few(where.tolist())
         order = np.argsort(where, kind="stable")  # pages are then read in the order of the file
-        ordered = where[order]
-        numbers = ordered // self.manifest.shard_rows
+        numbers, inside = np.divmod(where[order], self.manifest.shard_rows)
         first = np.flatnonzero(np.diff(numbers, prepend=-1))
-        for start, stop in zip(first, [*first[1:], len(where)], strict=True):
-            shard = self.shard(int(numbers[start]))
-            inside = torch.from_numpy(ordered[start:stop] % self.manifest.shard_rows)
-            scales = _scales(shard.tensors)
-            part = decode(
-                shard.tensors["values"][inside], None if scales is None else scales[inside]
-            )
-            out[torch.from_numpy(order[start:stop])] = part
-        return out
+        ends = [*first[1:].tolist(), len(where)]
+        rows = torch.from_numpy(inside)
+        found: dict[str, Tensor] = {}
+        for number, start, stop in zip(numbers[first].tolist(), first.tolist(), ends, strict=True):
+            tensors = self.shard(number).tensors
+            for name in ROW_TENSORS & tensors.keys():
+                tensor = tensors[name]
+                if name not in found:
+                    found[name] = tensor.new_empty(len(where), *tensor.shape[1:])
+                torch.index_select(tensor, 0, rows[start:stop], out=found[name][start:stop])
+        back = torch.empty(len(where), dtype=torch.int64)
+        back[torch.from_numpy(order)] = torch.arange(len(where))
+        wanted = {name: tensor.index_select(0, back) for name, tensor in found.items()}
+        return decode(wanted["values"], _scales(wanted))
+
+    def _few(self, positions: list[int]) -> Tensor:
+        """A few rows: putting them in the order of the file would take longer than reading them."""
+        parts = [torch.empty(0, self.dimension)] if not positions else []
+        for position in positions:
+            number, inside = divmod(position, self.manifest.shard_rows)
+            tensors = self.shard(number).tensors
+            one = {
+                name: tensors[name][inside : inside + 1] for name in ROW_TENSORS & tensors.keys()
+            }
+            parts.append(decode(one["values"], _scales(one)))
+        return torch.cat(parts)
 
     def positions(self, ids: Sequence | np.ndarray) -> np.ndarray:
         """`[m]` positions of `ids`.
@@ -194,6 +227,22 @@ class Store:
         order = np.argsort(self.ids, kind="stable")
         return order, self.ids[order]
 
+    def _populated(self) -> Iterator[Shard]:
+        """All shards in order, each fetched while the one before it is worked on."""
+
+        def fetch(number: int) -> Shard:
+            shard = self.shard(number)
+            shard.populate()
+            return shard
+
+        with ThreadPoolExecutor(1) as pool:
+            ahead = deque(pool.submit(fetch, n) for n in range(min(AHEAD, self.manifest.shards)))
+            for number in range(self.manifest.shards):
+                shard = ahead.popleft().result()
+                if number + AHEAD < self.manifest.shards:
+                    ahead.append(pool.submit(fetch, number + AHEAD))
+                yield shard
+
     def _shards(self) -> Iterator[Shard]:
         for number in range(self.manifest.shards):
             yield self.shard(number)
@@ -209,4 +258,4 @@ def _scales(tensors: Mapping[str, Tensor], weighted: bool = True) -> Tensor | No
     scales, weights = tensors.get("scales"), tensors.get("weights") if weighted else None
     if scales is None or weights is None:
         return weights if scales is None else scales
-    return scales * weights
+    return scales * (weights if scales.ndim == 1 else weights[:, None])

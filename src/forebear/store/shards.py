@@ -1,8 +1,9 @@
 """One shard: a safetensors file of some rows, with a hash of its content in its header.
 
 Tensors of a shard of b rows: `values` `[b, k]`, `norms` `[b]` of the rows before rounding, `ids`,
-`scales` `[b]` (int8 only), `weights` `[b]` (weighted stores only) and `column.NAME`. Strings are
-UTF-8 bytes one after the other, with `NAME.ends` `[b]`.
+`scales` (int8 only: `[b, g]` one for each 16 columns, or `[b]` one a row), `weights` `[b]` (for
+weighted stores) and `column.NAME`. Strings are UTF-8 bytes one after the other, with `NAME.ends`
+`[b]`.
 """
 
 import ctypes
@@ -177,7 +178,7 @@ def layout(manifest: Manifest, shard: int) -> Iterator[tuple[str, tuple[torch.dt
     yield "values", (dtype, torch.Size([size, manifest.dimension]))
     yield "norms", (torch.float32, one)
     if manifest.dtype == "int8":
-        yield "scales", (torch.float32, one)
+        yield "scales", _scales(manifest, size)
     if manifest.weighted:
         yield "weights", (torch.float32, one)
     kinds = {"ids": ("int64" if manifest.ids == "integer" else "string", ())}
@@ -188,6 +189,12 @@ def layout(manifest: Manifest, shard: int) -> Iterator[tuple[str, tuple[torch.dt
             yield f"{name}.ends", (torch.int64, one)
         else:
             yield name, (getattr(torch, kind), torch.Size([size, *shape]))
+
+
+def _scales(manifest: Manifest, size: int) -> tuple[torch.dtype, torch.Size]:
+    if not manifest.scale_columns:
+        return torch.float32, torch.Size([size])
+    return torch.bfloat16, torch.Size([size, -(-manifest.dimension // manifest.scale_columns)])
 
 
 def packed(name: str, values: np.ndarray, dtype: str) -> dict[str, Tensor]:

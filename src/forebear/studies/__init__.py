@@ -14,6 +14,7 @@ from forebear.studies.base import Finding, Pieces, StudyResult, Table
 __all__ = ["STUDIES", "Finding", "Pieces", "StudyResult", "Table", "run"]
 
 STUDIES = {
+    "diffusion": "forebear.studies.diffusion",
     "final-model": "forebear.studies.final_model",
     "hessians": "forebear.studies.hessians",
     "removal": "forebear.studies.removal",

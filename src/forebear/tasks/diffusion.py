@@ -116,6 +116,7 @@ class Denoising(Objective):
             self.schedule.at(level)
         self.levels = tuple(float(level) for level in chosen)
         self.draws = draws
+        self._first = 0  # of the draws
         self.noise: Pairing = noise
         self.seed = seed
         self.call: Call = _plain_call if call is None else call
@@ -135,7 +136,17 @@ class Denoising(Objective):
     @property
     def points(self) -> tuple[Point, ...]:
         """Every level with every draw, level by level."""
-        return tuple(Point(level, draw) for level in self.levels for draw in range(self.draws))
+        draws = range(self._first, self._first + self.draws)
+        return tuple(Point(level, draw) for level in self.levels for draw in draws)
+
+    @property
+    def parts(self) -> tuple["Denoising", ...]:
+        """The losses at single points, in the order of `points`."""
+        each = []
+        for point in self.points:
+            each.append(self.at((point.level,), draws=1))
+            each[-1]._first = point.draw
+        return tuple(each)
 
     def noise_of(self, batch: Any, point: Point) -> Tensor:
         """The noise of each example at a point, in the images' shape."""
@@ -183,6 +194,22 @@ class Denoising(Objective):
         if self.prediction == "v":
             return signal * noisy - strength * said
         return (noisy - strength * said) / signal
+
+    def seen(self, noisy: Tensor, said: Tensor, level: Level) -> Tensor:
+        """The noise that a prediction amounts to."""
+        if self.prediction == "epsilon":
+            return said
+        signal, strength = self.schedule.at(level)
+        return (noisy - signal * self.clean(noisy, said, level)) / strength
+
+    def summarised(self, model: nn.Module, batch: Any) -> Tensor:
+        """The noise that the network sees at every point, `[b, points, pixels]`.
+
+        Whatever the network predicts, so that functions of it mean the same for all.
+        """
+        terms = self.terms(model, batch)
+        seen = [self.seen(noisy, said, point.level) for point, noisy, _, said in terms]
+        return torch.stack(seen, 1).flatten(2)
 
     def outputs(self, model: nn.Module, batch: Any) -> Tensor:
         """Predictions at every point, `[b, points, pixels]`."""
@@ -283,6 +310,11 @@ class DenoisingTraining:
 
     def __call__(self, model: nn.Module, batch: Any) -> Tensor:
         """Weighted squared error of each example at its moment, `[b]`."""
+        weight, squares = self.squares(model, batch)
+        return weight * squares.flatten(1).mean(1)
+
+    def squares(self, model: nn.Module, batch: Any) -> tuple[Tensor, Tensor]:
+        """Weight of each example at its moment `[b]` and its squared errors `[b, ...]`."""
         if "moment" not in batch:
             raise TaskError(
                 "this loss draws noise for each visit of an example, and the batch has no "
@@ -307,7 +339,7 @@ class DenoisingTraining:
         noisy = signal * image + strength * noise
         said = self.loss.predicted(model, noisy, level, batch)
         wanted = {"epsilon": noise, "x0": image, "v": signal * noise - strength * image}
-        return weight * (said - wanted[self.loss.prediction]).square().flatten(1).mean(1)
+        return weight, (said - wanted[self.loss.prediction]).square()
 
 
 def _plain_call(model: nn.Module, noisy: Tensor, levels: Tensor, condition: Any) -> Tensor:

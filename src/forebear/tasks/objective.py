@@ -1,11 +1,21 @@
 """What a ready task knows about its loss beyond the value."""
 
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from forebear.data import require_finite
+from forebear.errors import unknown_name
+
+SUMMARIES: dict[str, Callable[[Tensor], Tensor]] = {
+    "square_norm": torch.square,
+    "mean": torch.clone,
+    "absolute": torch.abs,
+}
+"""Functions of single outputs, whose mean is a summary of what the model says."""
 
 
 def draw_classes(logits: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -80,3 +90,52 @@ class Objective:
         # expm1 keeps the digits of 1 − p for confident examples; the clamp only bounds log(0).
         rest = (-torch.expm1(-loss)).clamp_min(torch.finfo(loss.dtype).tiny)
         return -loss - rest.log(), rest.detach()
+
+    def summarised(self, model: nn.Module, batch: Any) -> Tensor:
+        """What `function` summarises, `[b, ...]`: the model's outputs."""
+        return self.outputs(model, batch)
+
+    def function(self, name: str) -> "Summary":
+        """A scalar of what the model says, without any target: `function(model, batch) -> [b]`.
+
+        Args:
+            name: `"square_norm"`, the mean of the squares; `"mean"`; or `"absolute"`, the mean of
+                the absolute values.
+
+        Raises:
+            UnknownNameError: there is no such function.
+        """
+        if name not in SUMMARIES:
+            raise unknown_name("function of a model's outputs", name, SUMMARIES)
+        return Summary(self, name)
+
+    @property
+    def parts(self) -> tuple["Objective", ...]:
+        """Losses whose mean is this one, and whose functions have those of this one as means.
+
+        Losses that average over levels of noise have one for each; others are one themselves.
+        """
+        return (self,)
+
+
+@dataclass(frozen=True)
+class Summary:
+    """A mean over what the model says of each example.
+
+    Attributes:
+        objective: what the model is asked.
+        name: of `SUMMARIES`.
+    """
+
+    objective: Objective
+    name: str
+
+    def __call__(self, model: nn.Module, batch: Any) -> Tensor:
+        """`[b]`."""
+        said = self.objective.summarised(model, batch)
+        return SUMMARIES[self.name](said).flatten(1).mean(1)
+
+    @property
+    def parts(self) -> tuple["Summary", ...]:
+        """Functions whose mean is this one, one for each part of the objective."""
+        return tuple(replace(self, objective=part) for part in self.objective.parts)

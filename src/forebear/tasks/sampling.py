@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from forebear.errors import TaskError
 from forebear.tasks.diffusion import Denoising
 from forebear.tasks.noise import gaussian
-from forebear.tasks.schedules import Continuous, Discrete, Level
+from forebear.tasks.schedules import Continuous, Discrete, Level, Schedule
 
 START, STEPS = 3.0, 4.0
 """What of a key is drawn: keeps the noise that sampling begins with apart from that of its steps"""
@@ -120,6 +120,12 @@ class Sampler:
             state = self._moved(guided, state, here, there, schedule, at=here or levels[0])
             here = there
             yield there, state
+
+    def levels(self, schedule: Schedule) -> list[Level]:
+        """The levels that sampling visits, falling."""
+        if isinstance(schedule, Discrete):
+            return self.timesteps(schedule)
+        return self._scales(schedule)
 
     def timesteps(self, schedule: Discrete) -> list[Level]:
         """The timesteps that sampling visits, falling."""

@@ -68,6 +68,10 @@ class Gradients:
         self._steps: Counter[tuple[int, ...]] = Counter()
         self._traces: dict[tuple[int, ...], Callable[..., tuple[State, Tensor]]] = {}
 
+    def __getstate__(self) -> dict[str, Any]:
+        # A trace is made again sooner than it is sent to another process.
+        return {**self.__dict__, "_steps": Counter(), "_traces": {}}
+
     def __call__(
         self, parameters: State, buffers: State, batch: Any, weights: Tensor, *, shared: bool
     ) -> tuple[State, Tensor]:

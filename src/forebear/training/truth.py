@@ -117,7 +117,7 @@ class GroundTruth:
             recipe_hash=recipe.fingerprint if known else "",
             version=version("forebear"),
         )
-        work = _Work(recipe, train, queries, _measurement(measure, loss), empty, full)
+        work = _Work(recipe, train, queries, _measurement(measure, loss), empty, full, PIECE)
         values = work.run(folder, executor)
         return work.result(values)
 
@@ -198,24 +198,25 @@ class _Work:
     measure: Loss
     empty: GroundTruth
     full: bool
+    size: int  # of a piece, here because workers know nothing of changes to this module
 
     def run(self, folder: str | Path | None, executor: Executor | None) -> Tensor:
         """Measurements `[members, q]`, members as `_members` orders them."""
         members = self._members()
-        starts = range(0, len(members), PIECE)
+        starts = range(0, len(members), self.size)
         names = [f"piece-{start:06d}" for start in starts]
         pieces = Pieces(folder, self._facts(), "retrainings")
         found = results(self.piece, names, "ground truth", pieces=pieces, executor=executor)
         values = []
         for name, start, result in zip(names, starts, found, strict=True):
-            shape = (len(members[start : start + PIECE]), len(self.queries))
+            shape = (len(members[start : start + self.size]), len(self.queries))
             values.append(outcomes_of(result, shape, name, folder))
         return torch.cat(values)
 
     def piece(self, number: int) -> dict[str, Tensor]:
         """The measurements of one piece."""
-        start = number * PIECE
-        return {"outcomes": self._measure(self._members()[start : start + PIECE])}
+        start = number * self.size
+        return {"outcomes": self._measure(self._members()[start : start + self.size])}
 
     def result(self, values: Tensor) -> GroundTruth:
         """The ground truth with its outcomes."""

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from forebear.data import Data, map_tensors
 from forebear.errors import DataError, FormatError, unknown_name
-from forebear.pipeline import importable, imported
+from forebear.task_file import importable, imported
 from forebear.studies.final_model.entrants import Further
 from forebear.task import Task
 from forebear.tasks import losses

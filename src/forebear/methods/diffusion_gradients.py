@@ -1,0 +1,123 @@
+"""What gradient methods for diffusion share: one kernel, a fixed ridge, and sweeps over ridges.
+
+`score(q, z) = g_qᵀ (GᵀG / n + λI)⁻¹ g_z`, with features g that are means over levels of noise of
+the gradient of a scalar. Methods differ in the scalar, and in what they multiply by.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from forebear.curvature import Curvature, Damping, Dense, Whole, as_damping
+from forebear.curvature.dense import FittedDense
+from forebear.curvature.solved import flat
+from forebear.curvature.spectrum import FittedSpectrum
+from forebear.data import Data, map_tensors, naming, require_finite
+from forebear.errors import TaskError, unknown_name
+from forebear.gradients import Precision, joined
+from forebear.methods.fitted import require_same_columns
+from forebear.methods.influence import FittedInfluence
+from forebear.progress import track
+from forebear.projections import SJLT, Gaussian, Projection, TensorSketch
+from forebear.task import Task
+
+Compression = Literal["tensor_sketch", "gaussian", "sjlt"]
+"""Projections by name."""
+
+
+def kernel(precision: Precision) -> Curvature:
+    """The second moment of the features: in their span where they are fewer than dimensions."""
+    return Whole(Dense(kind="fisher", precision=precision))
+
+
+def compressed(dimension: int | None, projection: Compression) -> Projection | None:
+    """A projection by name; none without a dimension."""
+    kinds = {"tensor_sketch": TensorSketch, "gaussian": Gaussian, "sjlt": SJLT}
+    if projection not in kinds:
+        raise unknown_name("projection", str(projection), kinds)
+    return None if dimension is None else kinds[projection](dimension)
+
+
+@torch.no_grad()
+def training_residuals(task: Task, data: Data, batch_size: int) -> Tensor:
+    """How far the model is from each training example, `[n]`, as DAS weighs it.
+
+    Roots of the errors at every level of noise, divided by their length over the levels, averaged:
+    between `1 / levels`, all error at one level, and `1 / √levels`, the same at all.
+
+    Raises:
+        NonFiniteError: a loss is NaN or infinite; with the ids.
+    """
+    parts = task.objective.parts
+    found = torch.empty(len(data), dtype=torch.float64)
+    steps = -(-len(data) // batch_size)
+    with task.evaluation():
+        for rows, batch in track(data.batches(batch_size), "training residuals", total=steps):
+            moved = map_tensors(lambda t: t.to(task.device), batch)
+            errors = torch.stack([part(task.model, moved) for part in parts], 1)  # [b, points]
+            with naming(data, rows):
+                require_finite(errors, "loss")
+            roots = errors.double().clamp_min(0).sqrt()
+            lengths = roots.norm(dim=1, keepdim=True).clamp_min(torch.finfo(roots.dtype).tiny)
+            found[rows] = (roots / lengths).mean(1).cpu()
+    return found
+
+
+def ridge_sweep(
+    fitted: FittedInfluence, queries: Any, dampings: Sequence[float | Damping]
+) -> Iterator[Tensor]:
+    """Scores `[q, n]` at each of many ridges, from one eigendecomposition.
+
+    Gradients are taken once and written in the eigenvectors; a ridge is then one product of small
+    matrices. Meant for studies that report the best ridge *beside* the one a rule gave: a ridge
+    that was chosen by the measure it is judged by is not a result.
+
+    Args:
+        fitted: `Influence` with a dense curvature, such as `TRAK`, `DTRAK` or `DAS`, at one model
+            and not normalised.
+        queries: what is asked about.
+        dampings: numbers are relative to the mean eigenvalue.
+
+    Raises:
+        TaskError: the method has no such curvature.
+    """
+    method = fitted.method
+    if len(fitted.moments) > 1 or method.normalise != "none" or method.correction != "none":
+        raise TaskError(
+            f"ridges of {method.name} cannot be swept over: it must use one model, and "
+            "normalise='none'; call with_damping for each instead"
+        )
+    chosen = [as_damping(damping) for damping in dampings]
+    data = Data.of(queries, collate=fitted.task.collate)
+    require_same_columns(fitted.train, data)
+    base = fitted.curvatures[0]
+    if not isinstance(base, FittedDense | FittedSpectrum):
+        raise TaskError(
+            f"{type(base).__name__} does not know its eigenvectors: use a method whose curvature "
+            "is Whole, Dense or GramSpectrum"
+        )
+    vectors = _eigenvectors(base)  # [r, P]
+    with fitted.task.at(fitted.query_moments[0]):
+        stream = fitted.stream(0, data)
+        parts = [g for _, _, g in stream.gradients(fitted.query_function, "queries")]
+    asked = torch.cat(list(flat(joined(parts), fitted.feature_plan))).to(vectors) @ vectors.T
+    seen = []
+    for _, weights, gradients in fitted.training_pass("training set"):
+        rows = torch.cat(list(flat(gradients[0], fitted.feature_plan))).to(vectors) @ vectors.T
+        seen.append(rows if method.gradient != "output" else rows * weights[:, None])
+    told = torch.cat(seen)  # [n, r]; everything of the training set lies in the span
+    for damping in chosen:
+        inverse = base.with_damping(damping).inverse
+        assert inverse is not None
+        scores = (asked * inverse.to(asked)) @ told.T
+        yield fitted.finished(scores * fitted.scale, slice(0, len(fitted.train)))
+
+
+def _eigenvectors(fit: FittedDense | FittedSpectrum) -> Tensor:
+    """`[r, P]`."""
+    if isinstance(fit, FittedSpectrum):
+        return fit.pairs.vectors
+    assert fit.source is not None
+    return fit.source.eigenpairs[1].T

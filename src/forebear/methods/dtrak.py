@@ -1,0 +1,50 @@
+"""D-TRAK: TRAK's kernel with a function of the model's output in place of the loss."""
+
+from typing import Literal
+
+from forebear.curvature import Damping, NonzeroRelative
+from forebear.gradients import Precision
+from forebear.methods.diffusion_gradients import Compression, compressed, kernel
+from forebear.methods.influence import Influence
+
+
+def DTRAK(
+    *,
+    function: Literal["square_norm", "mean", "absolute", "loss"] = "square_norm",
+    points: Literal["mean", "unit"] = "mean",
+    damping: float | Damping = NonzeroRelative(1.0),
+    dimension: int | None = None,
+    projection: Compression = "gaussian",
+    precision: Precision = "float32",
+    layers: tuple[str, ...] | None = None,
+    seed: int = 0,
+) -> Influence:
+    """`g_qᵀ (GᵀG / n + λI)⁻¹ g_z`, with gradients of `mean ε²` (Zheng et al. 2024, D-TRAK).
+
+    The function knows nothing of the noise that was really added. For networks that predict
+    something else than the noise, it is that of the noise which their prediction amounts to.
+
+    Args:
+        function: of the noise that the network sees: `"square_norm"`, `"mean"` or `"absolute"`; or
+            the training `"loss"`, which is TRAK for diffusion.
+        points: `"unit"` scales the gradient at every level of noise to unit length first.
+        damping: λ; a number is relative to the mean eigenvalue. The mean of those that can differ
+            from zero when left out.
+        dimension: of a projection; None compares whole gradients, exactly, which takes memory for
+            all of them where they are fewer than parameters.
+        projection: `"gaussian"`, `"tensor_sketch"` or `"sjlt"`.
+        precision: of the products of all pairs.
+        layers: restrict the method to these layers.
+        seed: of the projection.
+    """
+    return Influence(
+        name="dtrak",
+        gradient=function,
+        points=points,
+        curvature=kernel(precision),
+        projection=compressed(dimension, projection),
+        damping=damping,
+        units="ranking",
+        layers=layers,
+        seed=seed,
+    )

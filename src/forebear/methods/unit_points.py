@@ -1,0 +1,92 @@
+"""Gradients whose parts, one for each level of noise and draw, have unit length."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from forebear.capture import Capture, Function, Gradients
+from forebear.data import Batch, naming
+from forebear.errors import TaskError
+from forebear.gradients import squared_norms
+from forebear.layers import Factors, vector
+from forebear.stream import Stream
+
+
+@dataclass(frozen=True)
+class UnitStream(Stream):
+    """A stream of means of unit gradients: no level of noise outweighs the others.
+
+    The gradient of a function that is the mean of `parts` becomes `Σ_p g_p / ‖g_p‖ / parts`, in a
+    pass for each part; together they run the model as often as the function itself does. Parts that
+    have no gradient stay zero.
+    """
+
+    def gradients(
+        self, function: Function, description: str
+    ) -> Iterator[tuple[slice, Tensor, Gradients]]:
+        """Positions, values `[b]` and factored gradients, batch by batch.
+
+        Raises:
+            NonFiniteError: with the ids of the examples.
+        """
+        with Capture(self.task, self.plan) as capture:
+            for rows, batch in self.batches(description):
+                with naming(self.data, rows):
+                    found = self._scaled(capture, function, batch)
+                yield rows, *found
+
+    def at(self, rows: slice, function: Function) -> tuple[Tensor, Gradients]:
+        """Values and gradients of one batch."""
+        with Capture(self.task, self.plan) as capture, naming(self.data, rows):
+            return self._scaled(capture, function, self.data.batch(rows))
+
+    def _scaled(
+        self, capture: Capture, function: Function, batch: Batch
+    ) -> tuple[Tensor, Gradients]:
+        parts = getattr(function, "parts", None)
+        if parts is None:
+            raise TaskError(
+                f"{getattr(function, '__name__', function)!r} has no parts to scale: use "
+                "points='mean'"
+            )
+        values, found = [], []
+        for part in parts:
+            value, gradients = capture.gradients(part, batch)
+            blocks = self.plan.blocks.items()
+            squares = [squared_norms(gradients[name], block) for name, block in blocks]
+            lengths = torch.stack(squares).sum(0).sqrt()
+            scale = torch.where(lengths > 0, 1 / lengths, 0.0) / len(parts)
+            found.append({name: times(terms, scale) for name, terms in gradients.items()})
+            values.append(value)
+        return torch.stack(values).mean(0), added(found)
+
+
+def times(terms: list[Factors], scale: Tensor) -> list[Factors]:
+    """Gradients times a number each `[b]`."""
+    by = scale[:, None, None]
+    return [
+        Factors(left * by, right) if left.is_floating_point() else Factors(left, right * by)
+        for left, right in terms
+    ]
+
+
+def added(several: list[Gradients]) -> Gradients:
+    """Sums of gradients of the same examples: their factors one after the other."""
+    whole: Gradients = {}
+    for name in several[0]:
+        terms = [term for gradients in several for term in gradients[name]]
+        kinds = {
+            kind: [term for term in terms if term.left.is_floating_point() == kind]
+            for kind in (True, False)
+        }
+        whole[name] = [_joined(same) for same in kinds.values() if same]
+    return whole
+
+
+def _joined(terms: list[Factors]) -> Factors:
+    if all(left.shape[1] == right.shape[2] == 1 for left, right in terms):  # written-out vectors
+        return vector(torch.stack([(left * right)[:, 0] for left, right in terms]).sum(0))
+    rights = [right.expand(*left.shape[:2], right.shape[2]) for left, right in terms]
+    return Factors(torch.cat([left for left, _ in terms], 1), torch.cat(rights, 1))

@@ -1,0 +1,179 @@
+"""The study of diffusion models on a few digits: its numbers, its folder, and going on with it."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+from safetensors.torch import load_file
+from scipy.stats import spearmanr
+
+from forebear.errors import MismatchError, UnknownNameError
+from forebear.studies import StudyResult, diffusion
+from forebear.studies.diffusion import entrants, judging, likeness, removal, subjects
+from forebear.studies.diffusion.subjects import Quality, Removal, Subject
+from forebear.tasks.schedules import Discrete
+from forebear.training import GroundTruth
+from forebear.training.recipe import Recipe
+from forebear.zoo import digits_diffusion
+from forebear.zoo.pictures import half_subsets
+
+FEW = ("random", "pixels", "pixels_cosine", "embedding", "softmax", "graddot", "dtrak", "nda")
+
+
+def tiny(quick: bool, seed: int) -> Subject:
+    pictures = digits_diffusion.load(train=40, queries=4)
+    return Subject(
+        name="tiny",
+        title="a few digits",
+        pictures=pictures,
+        recipe=digits_diffusion.recipe("epsilon", epochs=3),
+        loss=digits_diffusion.loss("epsilon", levels=2),
+        quality=Quality(digits_diffusion.loss("epsilon", levels=3), "minus the loss"),
+        sampler=replace(digits_diffusion.sampler("epsilon"), steps=3),
+        subsets=half_subsets(40, 6),
+        seeds=2,
+        generated=5,
+        removal=Removal(2, 2, 4, 4),
+        seed=seed,
+        few=2,
+    )
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, StudyResult]:
+    folder = tmp_path_factory.mktemp("study")
+    with pytest.MonkeyPatch.context() as patch:
+        use_tiny(patch)
+        return folder, diffusion.run(folder, task="tiny")
+
+
+def use_tiny(patch: pytest.MonkeyPatch) -> None:
+    patch.setitem(subjects.SUBJECTS, "tiny", tiny)
+    some = tuple(entrant for entrant in entrants.ENTRANTS if entrant.key in FEW)
+    patch.setattr(diffusion, "ENTRANTS", some)
+    patch.setattr(diffusion, "REMOVED", ("pixels", "graddot"))
+
+
+def test_lds_is_that_of_sums_over_the_halves(study: tuple[Path, StudyResult]) -> None:
+    folder, _ = study
+    truth = tiny(False, 0)
+    pieces = sorted((folder / "pieces" / "truth").glob("piece-*"))
+    outcomes = torch.cat([load_file(path)["outcomes"] for path in pieces])
+    mean = outcomes.view(2, 6, -1).mean(0).numpy()  # [m, q]
+    image = truth.pictures.train.batch(slice(None))["image"].flatten(1).double().numpy()
+    query = truth.pictures.queries.batch(slice(None))["image"].flatten(1).double().numpy()
+    rows = pq.read_table(folder / "per_query.parquet").to_pylist()
+    for q in range(4):
+        closeness = -np.sqrt(((image - query[q]) ** 2).sum(1))
+        sums = [closeness[mask.numpy()].sum() for mask in truth.subsets]
+        expected = spearmanr(sums, mean[:, q]).statistic
+        found = [
+            row["lds"]
+            for row in rows
+            if (row["method"], row["queries"], row["query"]) == ("pixels", "validation", q)
+        ]
+        assert found == [pytest.approx(expected)]
+
+
+def test_the_folder_is_whole(study: tuple[Path, StudyResult]) -> None:
+    folder, result = study
+    names = {table.name for table in result.tables}
+    assert {"lds", "ceiling", "ridges", "removal", "pooled", "cost", "per_query"} == names
+    for name in (*result.figures, "report"):
+        assert (folder / (f"{name}.svg" if name in result.figures else "report.html")).is_file()
+    again = StudyResult.load(folder)
+    assert [finding.claim for finding in again.findings] == [f.claim for f in result.findings]
+    table = next(table for table in result.tables if table.name == "lds")
+    assert [row[0] for row in table.rows][-1] == "Ridge datamodel (oracle)"
+
+
+def test_it_goes_on_where_it_was(
+    study: tuple[Path, StudyResult], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, result = study
+    use_tiny(monkeypatch)
+
+    def no_training(*args: object, **kwargs: object) -> None:
+        raise AssertionError("trained again")
+
+    monkeypatch.setattr(Recipe, "train_many", no_training)
+    again = diffusion.run(folder, task="tiny")
+    same = {"lds", "pooled", "removal", "ridges"}
+    for one, other in zip(result.tables, again.tables, strict=True):
+        if one.name in same:
+            assert [r[1:-1] for r in one.texts()] == [r[1:-1] for r in other.texts()]
+    with pytest.raises(MismatchError, match="seed differs"):
+        diffusion.run(folder, task="tiny", seed=1)
+
+
+def test_unknown_tasks_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(UnknownNameError, match="digits-eps"):
+        diffusion.run(tmp_path, task="digits-ep")
+
+
+def test_removals_leave_out_the_strongest() -> None:
+    scores = torch.tensor([[1.0, 3.0, 2.0, 3.0], [0.0, 0.0, 5.0, 1.0]])
+    lists = removal.strongest(scores, 2)
+    assert lists.tolist() == [[1, 3], [2, 3]]
+    assert removal.without(lists, 4).tolist() == [True, False, False, False]
+    assert removal.overlap(lists) == 0.5
+
+
+def test_the_datamodel_is_a_ridge_regression() -> None:
+    generator = torch.Generator().manual_seed(0)
+    subsets = half_subsets(20, 9)
+    outcomes = torch.randn(9, 3, generator=generator, dtype=torch.float64)
+    rows = subsets.double().numpy() - subsets.double().numpy().mean(0)
+    wanted = outcomes.numpy() - outcomes.numpy().mean(0)
+    ridge = 0.3 * np.trace(rows @ rows.T) / 9
+    primal = np.linalg.solve(rows.T @ rows + ridge * np.eye(20), rows.T @ wanted)
+    found = likeness.datamodel(subsets, outcomes, 0.3)
+    np.testing.assert_allclose(found.numpy(), primal.T, atol=1e-12)
+
+
+def test_softmax_weights_are_those_of_the_noisy_image() -> None:
+    generator = torch.Generator().manual_seed(0)
+    train = torch.rand(5, 1, 2, 2, generator=generator)
+    query = train[3:4] + 0.01
+    schedule = Discrete.linear()
+    weights = likeness.whole_image_softmax(query, train, torch.tensor([77]), schedule, 20)
+    assert weights.sum().item() == pytest.approx(1)
+    assert weights.argmax().item() == 3
+    other = likeness.whole_image_softmax(query, train, torch.tensor([78]), schedule, 20)
+    assert not torch.equal(weights, other)
+
+
+def test_negated_scores_negate_the_lds() -> None:
+    generator = torch.Generator().manual_seed(0)
+    truth = GroundTruth(
+        subsets=half_subsets(30, 12),
+        outcomes=torch.randn(2, 12, 4, generator=generator),
+        seeds=(0, 1),
+        train="",
+        queries="",
+    )
+    scores, rows = torch.randn(3, 30, generator=generator), torch.tensor([0, 1, 3])
+    one, other = judging.judge(scores, truth, rows), judging.judge(-scores, truth, rows)
+    np.testing.assert_allclose(one.values, -other.values, atol=1e-12)
+    assert one.error == pytest.approx(other.error)
+    assert 0.05 < one.error < 0.6  # about 1 / √12 a query, and three queries
+
+
+def test_quality_is_minus_the_loss() -> None:
+    loss = digits_diffusion.loss("x0", levels=3, draws=2)
+    torch.manual_seed(0)
+    model = digits_diffusion.build_clean()
+    batch = digits_diffusion.load(train=5, queries=2).train.batch(slice(None))
+    with torch.no_grad():
+        torch.testing.assert_close(Quality(loss, "")(model, batch), -loss(model, batch))
+
+
+def test_the_noise_bank_keeps_the_noisy_end() -> None:
+    schedule = digits_diffusion.loss("x0").schedule
+    bank = subjects.noise_bank(schedule)  # type: ignore[arg-type]
+    assert len(bank) == 100
+    assert bank[-1] == pytest.approx(20.0)
+    assert bank[0] == pytest.approx(schedule.levels(142)[42])
