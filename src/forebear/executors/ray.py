@@ -208,8 +208,9 @@ def _join(address: str) -> None:
         _ray().init(address=address, logging_level=logging.ERROR, **quiet)
     except (ConnectionError, RuntimeError, ValueError, OSError) as error:
         raise ForebearError(
-            f"no connection to a Ray cluster at {address} ({error}): {remedy}"
-        ) from (error)
+            f"no connection to a Ray cluster at {address} ({error}): {remedy}. A cluster that was "
+            "started with tokens needs RAY_AUTH_MODE=token in the environment"
+        ) from error
 
 
 def _require_address(address: str) -> None:
