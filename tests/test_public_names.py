@@ -8,11 +8,13 @@ import sys
 import forebear
 
 NAMES = [
+    "AbU",
     "Absolute",
     "Arnoldi",
     "CG",
     "Cascade",
     "Checkpoint",
+    "ConceptTRAK",
     "DAS",
     "DTRAK",
     "Data",
@@ -34,10 +36,11 @@ NAMES = [
     "KFAC",
     "LeaveOneOut",
     "LiSSA",
+    "MUCS",
     "NDA",
     "NewtonStep",
-    "Nystrom",
     "NonzeroRelative",
+    "Nystrom",
     "Objective",
     "Processes",
     "Random",

@@ -11,11 +11,13 @@ from importlib import import_module
 from typing import Any
 
 _PUBLIC = {
+    "AbU": "methods.abu",
     "Absolute": "curvature",
     "Arnoldi": "methods.low_rank",
     "CG": "methods.implicit",
     "Cascade": "methods.cascade",
     "Checkpoint": "task",
+    "ConceptTRAK": "methods.concept_trak",
     "DAS": "methods.das",
     "DTRAK": "methods.dtrak",
     "Data": "data",
@@ -37,6 +39,7 @@ _PUBLIC = {
     "KFAC": "methods.kronecker",
     "LeaveOneOut": "methods.leave_one_out",
     "LiSSA": "methods.implicit",
+    "MUCS": "methods.mucs",
     "NDA": "methods.nda",
     "Nystrom": "methods.low_rank",
     "NewtonStep": "methods.newton_step",

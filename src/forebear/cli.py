@@ -235,12 +235,14 @@ def report(
     )
 )
 def study(
-    name: Annotated[str, typer.Argument(metavar="STUDY", help="diffusion, final-model, hessians or removal.")],
+    name: Annotated[
+        str, typer.Argument(metavar="STUDY", help="diffusion, final-model, hessians or removal.")
+    ],
     task: Annotated[
         str | None,
         typer.Option(
             help="For final-model: breast_cancer, diabetes, digits, text or a FILE.py. For "
-            "diffusion: digits-eps, digits-edm or fashion."
+            "diffusion: digits-eps, digits-edm, concepts or fashion."
         ),
     ] = None,
     out: Annotated[

@@ -12,11 +12,12 @@ from scipy.stats import spearmanr
 
 from forebear.errors import MismatchError, UnknownNameError
 from forebear.studies import StudyResult, diffusion
-from forebear.studies.diffusion import entrants, judging, likeness, removal, subjects
+from forebear.studies.diffusion import concepts, entrants, judging, likeness, removal, subjects
 from forebear.studies.diffusion.subjects import Quality, Removal, Subject
 from forebear.tasks.schedules import Discrete
 from forebear.training import GroundTruth
 from forebear.training.recipe import Recipe
+from forebear.zoo import concepts as concepts_zoo
 from forebear.zoo import digits_diffusion
 from forebear.zoo.pictures import half_subsets
 
@@ -69,7 +70,7 @@ def test_lds_is_that_of_sums_over_the_halves(study: tuple[Path, StudyResult]) ->
     for q in range(4):
         closeness = -np.sqrt(((image - query[q]) ** 2).sum(1))
         sums = [closeness[mask.numpy()].sum() for mask in truth.subsets]
-        expected = spearmanr(sums, mean[:, q]).statistic
+        expected = spearmanr(sums, mean[:, q])[0]
         found = [
             row["lds"]
             for row in rows
@@ -177,3 +178,21 @@ def test_the_noise_bank_keeps_the_noisy_end() -> None:
     assert len(bank) == 100
     assert bank[-1] == pytest.approx(20.0)
     assert bank[0] == pytest.approx(schedule.levels(142)[42])
+
+
+def test_precision_counts_the_concept_of_the_query() -> None:
+    data = concepts_zoo.load(train=60, each=1, pairs=2)
+    same = data.query_labels[:, 1, None] == data.labels[None, :, 1]
+    perfect = concepts.precision(data, same.float(), 1)
+    np.testing.assert_allclose(perfect, np.minimum(same.sum(1).numpy(), 10) / 10)
+    whole = same.float() + (data.query_labels[:, 0, None] == data.labels[None, :, 0]).float()
+    both = np.mean([concepts.precision(data, whole, c) for c in (0, 1)], axis=0)
+    assert both[data.withheld.numpy()].max() <= 0.5  # no picture has both
+
+
+def test_the_slider_is_held_against_whole_images() -> None:
+    withheld = np.array([True, True, False])
+    values = {"trak": 0.4, "slider_trak": 0.7, "slider": 0.75}
+    found = {key: np.array([value, value, 1.0]) for key, value in values.items()}
+    verdicts = [finding.holds for finding in concepts.findings(found, withheld)]
+    assert verdicts == [True, False, True]

@@ -19,7 +19,7 @@ from forebear.curvature.roots import root_gradients, rows_per_example
 from forebear.curvature.solved import flat
 from forebear.curvature.spectrum import Eigenpairs, FittedSpectrum, restored
 from forebear.errors import TaskError
-from forebear.gradients import Precision
+from forebear.gradients import WORKSPACE, Precision
 from forebear.stream import Stream
 from forebear.types import require_choices
 
@@ -56,12 +56,14 @@ class GramSpectrum:
         """
         rows = self._rows(stream, function)  # [m, P]
         examples = len(stream.data)
-        gram = rows @ rows.T
-        values, turns = torch.linalg.eigh(gram.double().div_(examples))
+        values, turns = torch.linalg.eigh(_gram(rows).div_(examples))
         mean = max(values.sum().item(), 0.0) / rows.shape[1]
-        # What is below the rounding of the Gram matrix is no direction at all.
-        floor = torch.finfo(rows.dtype).eps * len(rows) * max(values[-1].item(), 0.0)
-        kept = values > floor
+        # What is below the rounding of the Gram matrix is no direction at all, nor is what the rows
+        # are too coarse for: errors of an eigenvector grow with the root of the largest over its
+        # own eigenvalue.
+        coarse = (100 * torch.finfo(rows.dtype).eps) ** 2
+        floor = max(coarse, torch.finfo(torch.float64).eps * len(rows))
+        kept = values > floor * max(values[-1].item(), 0.0)
         values, turns = values[kept], turns[:, kept]
         scaled = turns / (values * examples).sqrt()
         vectors = scaled.T.to(rows.dtype) @ rows  # [r, P]
@@ -158,6 +160,19 @@ class Whole:
         if dense.kind == "hessian" or dense.blocks != "all" or dense.indefinite == "pseudo_inverse":
             return None
         return GramSpectrum(kind=dense.kind, precision=dense.precision)
+
+
+def _gram(rows: Tensor) -> Tensor:
+    """`RRᵀ` of `[m, P]` in double precision, some columns at a time.
+
+    In single precision its rounding would hide eigenvalues far above the ridge: gradients of
+    diffusion models have a few directions with nearly all of the length.
+    """
+    total = rows.new_zeros(len(rows), len(rows), dtype=torch.float64)
+    for part in rows.split(max(1, WORKSPACE // len(rows)), 1):
+        wide = part.double()
+        total.addmm_(wide, wide.T)
+    return total
 
 
 def _outputs(stream: GradientStream) -> int:

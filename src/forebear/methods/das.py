@@ -6,12 +6,13 @@ from typing import Any, Literal, Self
 
 from torch import Tensor
 
-from forebear.curvature import Damping, NonzeroRelative
+from forebear.curvature import Damping
 from forebear.data import Data
 from forebear.errors import TaskError
 from forebear.executors import Executor
 from forebear.gradients import Precision
 from forebear.methods.diffusion_gradients import (
+    RIDGE,
     Compression,
     compressed,
     kernel,
@@ -29,9 +30,9 @@ def DAS(
     form: Literal["squared", "linear"] = "squared",
     function: Literal["mean", "absolute", "square_norm", "loss"] = "mean",
     points: Literal["unit", "mean"] = "unit",
-    damping: float | Damping = NonzeroRelative(1.0),
+    damping: float | Damping = RIDGE,
     dimension: int | None = None,
-    projection: Compression = "gaussian",
+    projection: Compression = "tensor_sketch",
     precision: Precision = "float32",
     layers: tuple[str, ...] | None = None,
     seed: int = 0,
@@ -50,7 +51,7 @@ def DAS(
         damping: λ; a number is relative to the mean eigenvalue. The mean of those that can differ
             from zero when left out.
         dimension: of a projection; None compares whole gradients.
-        projection: `"gaussian"`, `"tensor_sketch"` or `"sjlt"`.
+        projection: `"tensor_sketch"`, which acts on factors, `"gaussian"` or `"sjlt"`.
         precision: of the products of all pairs.
         layers: restrict the method to these layers.
         seed: of the projection.
@@ -121,13 +122,12 @@ class FittedDAS(FittedInfluence):
         residuals: `[n]`.
     """
 
-    method: DASInfluence
     residuals: Tensor
 
     @property
     def is_squared(self) -> bool:
         """Whether scores have no sign."""
-        return self.method.form == "squared"
+        return getattr(self.method, "form", "squared") == "squared"
 
     def finished(self, scores: Tensor, columns: slice) -> Tensor:
         """Scores times residuals, squared."""

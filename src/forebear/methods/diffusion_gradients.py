@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from forebear.curvature import Curvature, Damping, Dense, Whole, as_damping
+from forebear.curvature import Curvature, Damping, Dense, NonzeroRelative, Whole, as_damping
 from forebear.curvature.dense import FittedDense
 from forebear.curvature.solved import flat
 from forebear.curvature.spectrum import FittedSpectrum
@@ -25,6 +25,9 @@ from forebear.task import Task
 
 Compression = Literal["tensor_sketch", "gaussian", "sjlt"]
 """Projections by name."""
+
+RIDGE = NonzeroRelative(1.0)
+"""The rule for λ where none is given: it looks at the features alone."""
 
 
 def kernel(precision: Precision) -> Curvature:

@@ -2,9 +2,9 @@
 
 from typing import Literal
 
-from forebear.curvature import Damping, NonzeroRelative
+from forebear.curvature import Damping
 from forebear.gradients import Precision
-from forebear.methods.diffusion_gradients import Compression, compressed, kernel
+from forebear.methods.diffusion_gradients import RIDGE, Compression, compressed, kernel
 from forebear.methods.influence import Influence
 
 
@@ -12,9 +12,9 @@ def DTRAK(
     *,
     function: Literal["square_norm", "mean", "absolute", "loss"] = "square_norm",
     points: Literal["mean", "unit"] = "mean",
-    damping: float | Damping = NonzeroRelative(1.0),
+    damping: float | Damping = RIDGE,
     dimension: int | None = None,
-    projection: Compression = "gaussian",
+    projection: Compression = "tensor_sketch",
     precision: Precision = "float32",
     layers: tuple[str, ...] | None = None,
     seed: int = 0,
@@ -32,7 +32,7 @@ def DTRAK(
             from zero when left out.
         dimension: of a projection; None compares whole gradients, exactly, which takes memory for
             all of them where they are fewer than parameters.
-        projection: `"gaussian"`, `"tensor_sketch"` or `"sjlt"`.
+        projection: `"tensor_sketch"`, which acts on factors, `"gaussian"` or `"sjlt"`.
         precision: of the products of all pairs.
         layers: restrict the method to these layers.
         seed: of the projection.

@@ -253,7 +253,8 @@ def _require_explicit(method: Any) -> None:
     if isinstance(method, Similarity):
         return
     remedy = "use trak, similarity, or Influence(projection=...) without normalise="
-    if not isinstance(method, Influence) or method.projection is None:
+    # Kinds of influence of their own make more of their products.
+    if type(method) is not Influence or method.projection is None:
         raise TaskError(f"{method.name} has no vector for each example to store: {remedy}")
     if method.normalise != "none":
         # Lengths in the curvature's metric are known only after the rows.

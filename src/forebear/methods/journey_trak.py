@@ -6,11 +6,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from forebear.curvature import Damping, NonzeroRelative
+from forebear.curvature import Damping
 from forebear.data import Data
 from forebear.errors import DataError, TaskError
 from forebear.gradients import Precision
-from forebear.methods.diffusion_gradients import Compression, compressed, kernel
+from forebear.methods.diffusion_gradients import RIDGE, Compression, compressed, kernel
 from forebear.methods.influence import FittedInfluence, Influence
 from forebear.task import Task
 from forebear.tasks.diffusion import Denoising, Point
@@ -23,14 +23,17 @@ MISSED = 0.1
 to 8 bits, clipping and another device's arithmetic make of it."""
 
 
+FIFTY_STEPS = Sampler(steps=50)
+
+
 def JourneyTRAK(
     *,
-    sampler: Sampler = Sampler(),
+    sampler: Sampler = FIFTY_STEPS,
     guidance: float = 1.0,
     function: Literal["loss", "square_norm", "mean", "absolute"] = "loss",
-    damping: float | Damping = NonzeroRelative(1.0),
+    damping: float | Damping = RIDGE,
     dimension: int | None = None,
-    projection: Compression = "gaussian",
+    projection: Compression = "tensor_sketch",
     precision: Precision = "float32",
     layers: tuple[str, ...] | None = None,
     seed: int = 0,
@@ -49,7 +52,7 @@ def JourneyTRAK(
         damping: λ; a number is relative to the mean eigenvalue. The mean of those that can differ
             from zero when left out.
         dimension: of a projection; None compares whole gradients.
-        projection: `"gaussian"`, `"tensor_sketch"` or `"sjlt"`.
+        projection: `"tensor_sketch"`, which acts on factors, `"gaussian"` or `"sjlt"`.
         precision: of the products of all pairs.
         layers: restrict the method to these layers.
         seed: of the projection.

@@ -47,13 +47,13 @@ def uniform(keys: Tensor, *coordinates: float) -> Tensor:
     return _uniform(mixed(_state(keys, coordinates) ^ FIRST))
 
 
-def moments(keys: Tensor, seed: int | Tensor, epoch: int) -> Tensor:
+def moments(keys: Tensor, seed: int | Tensor, epoch: int | Tensor) -> Tensor:
     """Integers that belong to a visit of an example in training, of the shape of `keys`.
 
     Args:
         keys: of the examples.
         seed: of the training; of each, in a shape that broadcasts.
-        epoch: number of the visit.
+        epoch: number of the visit; of each, in a shape that broadcasts.
     """
     return mixed(mixed(mixed(keys.to(torch.int64)) ^ seed) ^ epoch)
 

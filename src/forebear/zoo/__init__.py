@@ -12,6 +12,8 @@ TASKS = {
     "breast_cancer": "forebear.zoo.breast_cancer",
     "diabetes": "forebear.zoo.diabetes",
     "digits": "forebear.zoo.digits",
+    "digits_diffusion": "forebear.zoo.digits_diffusion",
+    "fashion_diffusion": "forebear.zoo.fashion_diffusion",
     "fashion_mnist": "forebear.zoo.fashion_mnist",
     "text": "forebear.zoo.text",
 }

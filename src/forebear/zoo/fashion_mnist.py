@@ -40,8 +40,8 @@ def load(
         FormatError: a file is damaged.
     """
     folder = Path(folder)
-    images, labels = _pair(folder, "train")
-    test_images, test_labels = _pair(folder, "t10k")
+    images, labels = read_pair(folder, "train")
+    test_images, test_labels = read_pair(folder, "t10k")
     return split_images(
         "fashion_mnist",
         images,
@@ -84,7 +84,13 @@ def recipe(*, epochs: int = 20) -> Recipe:
 _SPLITS = ("train", "t10k")
 
 
-def _pair(folder: Path, split: str) -> tuple[np.ndarray, np.ndarray]:
+def read_pair(folder: Path, split: str) -> tuple[np.ndarray, np.ndarray]:
+    """Images `[n, 28, 28]` and labels `[n]` of `"train"` or `"t10k"`.
+
+    Raises:
+        MissingDependencyError: a file is not there.
+        FormatError: a file is damaged, or they do not belong together.
+    """
     images = read_idx(folder / f"{split}-images-idx3-ubyte.gz")
     labels = read_idx(folder / f"{split}-labels-idx1-ubyte.gz")
     if images.ndim != 3 or labels.ndim != 1 or len(images) != len(labels):

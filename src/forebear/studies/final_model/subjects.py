@@ -11,9 +11,9 @@ from torch import Tensor
 
 from forebear.data import Data, map_tensors
 from forebear.errors import DataError, FormatError, unknown_name
-from forebear.task_file import importable, imported
 from forebear.studies.final_model.entrants import Further
 from forebear.task import Task
+from forebear.task_file import importable, imported
 from forebear.tasks import losses
 from forebear.training import FurtherTraining
 from forebear.training.recipe import Recipe

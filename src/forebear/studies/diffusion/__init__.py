@@ -1,0 +1,258 @@
+"""Diffusion models: which method says best which training images made an image?
+
+Scores are held against networks retrained on halves of the images (after Park et al. 2023; Zheng
+et al. 2024), and against images made again from the same noise after the strongest were removed.
+"""
+
+import time
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from forebear.errors import ForebearError, ForebearWarning
+from forebear.progress import track
+from forebear.studies.base import Pieces, StudyResult, fingerprint
+from forebear.studies.diffusion import concepts
+from forebear.studies.diffusion.entrants import (
+    ENTRANTS,
+    FIXED,
+    PAIRS,
+    Entrant,
+    Field,
+    absent,
+    score,
+)
+from forebear.studies.diffusion.figures import draw
+from forebear.studies.diffusion.findings import findings
+from forebear.studies.diffusion.judging import Judgement, ceiling, judge, ranked, standardised
+from forebear.studies.diffusion.likeness import datamodel
+from forebear.studies.diffusion.models import Trained, train
+from forebear.studies.diffusion.removal import Removals, measures, remove
+from forebear.studies.diffusion.subjects import subject_of
+from forebear.studies.diffusion.tables import tables
+from forebear.studies.figure import require_figures
+from forebear.types import read_json, write_json
+
+REMOVED = ("pixels", "embedding", "nda", "gradcos", "trak", "das", "abu", "mucs")
+"""Entrants whose strongest examples are removed."""
+
+SUMMARY = (
+    "{m} halves of {n} training images were drawn, and a network was trained on each with {seeds} "
+    "seeds. Methods that see the network trained on all images say how much each image counts for "
+    "{q} queries, some held out and some made by the network; shown is how well the sums of their "
+    "scores foretell the loss of the query under the networks trained on halves."
+)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """All that was measured.
+
+    Attributes:
+        trained: the model, its queries and the ground truth.
+        scores: by entrant, `[ridges or 1, q, n]`.
+        rows: positions of the queries that an entrant scored, `[q]`.
+        judged: by entrant and group of queries, one for each ridge.
+        ceilings: agreement between seeds and noise ceiling, by group.
+        seconds: of the processor that an entrant took.
+        passes: the same over one plain pass, forward and backward, over the training images.
+        skipped: why an entrant did not take part.
+        warned: what an entrant warned of.
+        removals: of the strongest examples, by how images were compared.
+    """
+
+    trained: Trained
+    scores: Mapping[str, Tensor]
+    rows: Mapping[str, Tensor]
+    judged: Mapping[str, Mapping[str, list[Judgement]]]
+    ceilings: Mapping[str, tuple[float, float]]
+    seconds: Mapping[str, float]
+    passes: Mapping[str, float]
+    skipped: Mapping[str, str]
+    warned: Mapping[str, tuple[str, ...]]
+    removals: Mapping[str, Removals]
+
+    def fixed(self, key: str, group: str) -> Judgement:
+        """At the ridge that a fixed rule sets."""
+        each = self.judged[key][group]
+        return each[FIXED] if len(each) > 1 else each[0]
+
+    def best(self, key: str, group: str) -> Judgement:
+        """At the ridge that the ground truth itself would choose."""
+        return max(self.judged[key][group], key=lambda one: one.mean)
+
+
+def run(
+    out: Path,
+    *,
+    task: str = "digits-eps",
+    quick: bool = False,
+    seed: int = 0,
+    threads: int | None = None,
+) -> StudyResult:
+    """Train, retrain on halves, score, compare, remove, and write the folder.
+
+    Args:
+        out: folder to write; what it holds of the same work is not done again.
+        task: `digits-eps`, `digits-edm`, `concepts` or `fashion`.
+        quick: fewer images, queries and steps; the numbers say nothing.
+        seed: of the model.
+        threads: to compute with.
+
+    Raises:
+        MissingDependencyError: matplotlib, scikit-learn or the images are not installed.
+        MismatchError: the folder holds other work.
+    """
+    require_figures()
+    if threads is not None:
+        torch.set_num_threads(threads)
+    if task == "concepts":
+        return concepts.run(out, quick=quick, seed=seed)
+    subject = subject_of(task, quick=quick, seed=seed)
+    pieces = Pieces(out / "pieces", subject.facts())
+    measured = measure(train(subject, pieces), pieces)
+    truth = measured.trained.truth
+    result = StudyResult(
+        name="diffusion",
+        title=f"Attribution of diffusion models: {subject.title}",
+        summary=SUMMARY.format(
+            m=len(truth.subsets),
+            n=len(subject.train),
+            seeds=len(truth.seeds),
+            q=truth.outcomes.shape[2],
+        ),
+        settings={**subject.facts(), "quick": quick, "threads": torch.get_num_threads()},
+        tables=tables(measured),
+        findings=findings(measured),
+        figures=draw(measured, out),
+    )
+    result.save(out)
+    return result
+
+
+def measure(trained: Trained, pieces: Pieces) -> Measured:
+    """Scores of every entrant, how they do, and what removals change."""
+    field = Field(trained)
+    one_pass = _plain_pass(field)
+    scores: dict[str, Tensor] = {}
+    rows: dict[str, Tensor] = {}
+    seconds: dict[str, float] = {}
+    skipped: dict[str, str] = {}
+    warned: dict[str, tuple[str, ...]] = {}
+    for entrant in track(ENTRANTS, "methods", total=len(ENTRANTS)):
+        reason = absent(entrant, field)
+        if reason is None:
+            try:
+                values, about = _entry(entrant, field, pieces)
+            except ForebearError as error:
+                reason = str(error)
+            else:
+                scores[entrant.key], rows[entrant.key] = values, field.rows(entrant)
+                seconds[entrant.key] = about["seconds"]
+                warned[entrant.key] = tuple(about["warnings"])
+        if reason is not None:
+            skipped[entrant.key] = reason
+    _add_ensembles(scores, rows)
+    rows["datamodel"] = torch.arange(len(trained.queries))
+    scores["datamodel"] = datamodel(trained.truth.subsets, trained.truth.mean_outcomes)[None]
+    groups = trained.subject.groups
+    return Measured(
+        trained=trained,
+        scores=scores,
+        rows=rows,
+        judged={
+            key: {
+                name: _judged(trained, values, rows[key], g)
+                for name, g in groups.items()
+                if len(of_group(rows[key], g))
+            }
+            for key, values in scores.items()
+        },
+        ceilings={name: ceiling(trained.truth, g) for name, g in groups.items()},
+        seconds=seconds,
+        passes={key: value / one_pass for key, value in seconds.items()},
+        skipped=skipped,
+        warned={key: texts for key, texts in warned.items() if texts},
+        removals=_removals(field, scores, rows, pieces),
+    )
+
+
+def of_group(rows: Tensor, group: slice) -> Tensor:
+    """Which of the queries at `rows` belong to a group, as positions among them."""
+    return torch.nonzero((rows >= group.start) & (rows < group.stop))[:, 0]
+
+
+def _judged(trained: Trained, values: Tensor, rows: Tensor, group: slice) -> list[Judgement]:
+    places = of_group(rows, group)
+    return [judge(each[places], trained.truth, rows[places]) for each in values]
+
+
+def _entry(entrant: Entrant, field: Field, pieces: Pieces) -> tuple[Tensor, dict[str, Any]]:
+    """Scores of an entrant, the time of the processor they took and what it warned of."""
+    rows = field.rows(entrant)
+    name = f"scores-{entrant.key}-{fingerprint(entrant.method, rows.tolist())}"
+    path = pieces.folder / f"{name}.json"
+
+    def make() -> dict[str, Tensor]:
+        start = time.process_time()
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always", ForebearWarning)
+            values = score(entrant, field, field.trained.queries.select(rows))
+        texts = sorted({str(w.message) for w in caught if issubclass(w.category, ForebearWarning)})
+        write_json(path, {"seconds": time.process_time() - start, "warnings": texts})
+        return {"scores": values}
+
+    return pieces.tensors(name, make)["scores"], read_json(path)
+
+
+def _add_ensembles(scores: dict[str, Tensor], rows: dict[str, Tensor]) -> None:
+    """Means of z-scores, and of ranks, of two members at their fixed ridges."""
+    for one, other in PAIRS:
+        if one not in scores or other not in scores:
+            continue
+        common = rows[one] if len(rows[one]) <= len(rows[other]) else rows[other]
+        members = []
+        for key in (one, other):
+            values = scores[key][FIXED if len(scores[key]) > 1 else 0]
+            members.append(values[torch.searchsorted(rows[key], common)])
+        for how, scaled in (("z", standardised), ("rank", ranked)):
+            key = f"{one}+{other}:{how}"
+            scores[key] = torch.stack([scaled(each) for each in members]).sum(0).float()[None]
+            rows[key] = common
+
+
+def _removals(
+    field: Field, scores: Mapping[str, Tensor], rows: Mapping[str, Tensor], pieces: Pieces
+) -> dict[str, Removals]:
+    trained = field.trained
+    about, group = trained.subject.removal, trained.subject.groups["generated"]
+    chosen = {}
+    for key in REMOVED:
+        if key not in scores:
+            continue
+        places = of_group(rows[key], group)
+        if len(places) >= about.targets:
+            values = scores[key]
+            chosen[key] = values[FIXED if len(values) > 1 else 0][places]
+    return {
+        name: remove(trained, chosen, pieces, compare)
+        for name, compare in measures(field.encoder).items()
+    }
+
+
+def _plain_pass(field: Field) -> float:
+    """Seconds of the processor for a forward and a backward pass over the training images."""
+    model, loss = field.trained.model, field.shared
+    times = []
+    for _ in range(3):
+        start = time.process_time()
+        for _, batch in field.train.batches(128):
+            torch.autograd.grad(loss(model, batch).mean(), list(model.parameters()))
+        times.append(time.process_time() - start)
+    return float(np.median(times))
