@@ -85,7 +85,10 @@ def test_an_exception_comes_out_as_it_was_raised_and_the_rest_can_be_done_later(
     assert caught.value.__notes__[0] == "a note of its own"
     assert 2 not in Marks(tmp_path).lines
     executor.run(Marks(tmp_path))
-    assert Marks(tmp_path).lines == list(range(7))
+    lines = Marks(tmp_path).lines
+    assert sorted(set(lines)) == list(range(7))
+    # A piece that another worker was at when all were stopped is done again.
+    assert len(lines) <= 7 + (0 if isinstance(executor, fb.InProcess) else 1)
 
 
 def test_results_are_in_order_and_kept(executor: Executor, tmp_path: Path) -> None:
