@@ -36,6 +36,29 @@ def case(seed: int = 0, **settings: object) -> tuple[fb.Task, dict, dict]:
     return fb.Task(model, loss), images(pixels[:N]), images(pixels[N:], keys=range(50, 50 + Q))
 
 
+class Told(nn.Module):
+    """The same, told a condition of two numbers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(12, 6)
+        self.last = nn.Linear(6, 9)
+
+    def forward(self, noisy: Tensor, levels: Tensor, condition: Tensor) -> Tensor:
+        told = torch.cat([noisy.flatten(1), levels[:, None].to(noisy) / 1000, condition], 1)
+        return self.last(torch.tanh(self.first(told))).view(noisy.shape)
+
+
+def told_case(seed: int = 0) -> tuple[fb.Task, dict, dict]:
+    """A conditional task, training images and queries, in double precision."""
+    task, train, queries = case(seed)
+    generator = torch.Generator().manual_seed(seed)
+    torch.manual_seed(seed)
+    for data in (train, queries):
+        data["condition"] = torch.randn(len(data["key"]), 2, generator=generator).double()
+    return fb.Task(Told().double(), task.loss), train, queries
+
+
 Scalar = Callable[[Tensor, Tensor], Tensor]
 """From a prediction and the noise, both flat, to a number."""
 

@@ -161,7 +161,12 @@ def test_attribute_passes_settings_with_their_types(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     seen: list[tuple] = []
-    stand_in(monkeypatch, "forebear.pipeline", attribute_file=lambda *a: seen.append(a))
+
+    def attribute(*arguments: object) -> Run:
+        seen.append(arguments)
+        return Run(kind="attribute")
+
+    stand_in(monkeypatch, "forebear.attribution", attribute_from_file=attribute)
     file, out = tmp_path / "task.py", tmp_path / "out"
     file.write_text("")
     options = ["damping=0.1", "exact=true", "layers=[1, 2]", "mode=a=b"]
@@ -169,7 +174,7 @@ def test_attribute_passes_settings_with_their_types(
     result = forebear("attribute", str(file), "-m", "ekfac", "--out", str(out), *arguments)
     assert result.exit_code == 0
     settings = {"damping": 0.1, "exact": True, "layers": [1, 2], "mode": "a=b"}
-    assert seen == [(file, "ekfac", settings, out)]
+    assert seen == [(file, {"ekfac": settings}, out)]
 
 
 def test_demo_and_evaluate_print_the_table_of_the_run(

@@ -18,7 +18,8 @@ from typer.testing import CliRunner, Result
 import forebear as fb
 from forebear.cli import app
 from forebear.data import Data
-from forebear.pipeline import attribute_file, evaluate_run, plain_pass_seconds
+from forebear.pipeline import attribute_file, evaluate_run
+from forebear.record import plain_pass_seconds
 from forebear.run import Run, read_texts, read_top, scores_folder
 from forebear.training import half_subsets
 

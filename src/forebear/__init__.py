@@ -18,6 +18,7 @@ _PUBLIC = {
     "Cascade": "methods.cascade",
     "Checkpoint": "task",
     "ConceptTRAK": "methods.concept_trak",
+    "Counterfactual": "generated",
     "DAS": "methods.das",
     "DTRAK": "methods.dtrak",
     "Data": "data",
@@ -64,6 +65,7 @@ _PUBLIC = {
     "TracIn": "methods.gradient",
     "Unrolled": "methods.unrolled",
     "attribute": "pipeline",
+    "attribute_images": "generated",
     "build_store": "methods.features",
     "combine": "methods.ensemble",
     "damping_sweep": "methods.sweep",
@@ -77,6 +79,7 @@ _PUBLIC = {
     "query_features": "methods.features",
 }
 _MODULES = {
+    "diffusers": "adapters.diffusers",
     "methods": "methods",
     "losses": "tasks.losses",
     "metrics": "metrics",

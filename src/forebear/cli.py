@@ -13,7 +13,7 @@ from typer.exceptions import Abort, TyperException
 
 from forebear.commands import index, plan, search, serve, store
 from forebear.commands.machine import examine, installed
-from forebear.commands.options import examples, settings_of
+from forebear.commands.options import examples, settings_by_method, settings_of
 from forebear.commands.results import print_results, print_study, print_top
 from forebear.commands.tables import cell, print_table
 from forebear.errors import ForebearError
@@ -129,6 +129,7 @@ def demo(
     epilog=examples(
         "forebear attribute task.py --method ekfac --out runs/mine",
         "forebear attribute task.py -m ekfac --out runs/mine --option damping=0.01",
+        "forebear attribute images.py -m das -m nda --out runs/images",
     )
 )
 def attribute(
@@ -141,21 +142,34 @@ def attribute(
             help="Python file that defines task(), train() and queries().",
         ),
     ],
-    method: Annotated[str, typer.Option("--method", "-m", help="See 'forebear methods'.")],
+    method: Annotated[
+        list[str],
+        typer.Option("--method", "-m", help="See 'forebear methods'; may be repeated."),
+    ],
     out: Annotated[Path, typer.Option(help="Folder to write.")],
     option: Annotated[
         list[str] | None,
-        typer.Option(metavar="KEY=VALUE", help="Setting of the method; may be repeated."),
+        typer.Option(
+            metavar="KEY=VALUE",
+            help="Setting of the method; METHOD.KEY=VALUE with several. May be repeated.",
+        ),
     ] = None,
 ) -> None:
-    """Score the training examples of your own model for your own queries."""
-    settings = settings_of(option or [])
-    from forebear.pipeline import attribute_file
+    """Score the training examples of your own model for your own queries.
+
+    Of a diffusion model, the queries are images that it made, and the page shows the training
+    images behind each.
+    """
+    settings = settings_by_method(method, settings_of(option or []))
+    from forebear.attribution import attribute_from_file
     from forebear.progress import progress
 
     with progress():
-        attribute_file(file, method, settings, out)
-    print(f"wrote {out}; look at it with: forebear top {out}, or forebear report {out} --open")
+        run = attribute_from_file(file, settings, out)
+    if run.kind == "images":
+        print(f"page: {out / 'report.html'}")
+    else:
+        print(f"wrote {out}; look at it with: forebear top {out}, or forebear report {out} --open")
 
 
 @app.command(
@@ -242,7 +256,7 @@ def study(
         str | None,
         typer.Option(
             help="For final-model: breast_cancer, diabetes, digits, text or a FILE.py. For "
-            "diffusion: digits-eps, digits-edm, concepts or fashion."
+            "diffusion: digits-eps, digits-edm, concepts, customised or fashion."
         ),
     ] = None,
     out: Annotated[

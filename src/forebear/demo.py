@@ -16,15 +16,9 @@ from forebear import methods, metrics, zoo
 from forebear.data import Data
 from forebear.errors import MismatchError, unknown_name
 from forebear.methods.fitted import version
-from forebear.pipeline import (
-    environment,
-    evaluate,
-    now,
-    plain_pass_seconds,
-    run_method,
-    truth_facts,
-)
+from forebear.pipeline import evaluate, run_method, truth_facts
 from forebear.progress import track
+from forebear.record import environment, now, plain_pass_seconds
 from forebear.report import write as write_report
 from forebear.run import (
     DatasetFacts,

@@ -1,30 +1,25 @@
 """Joining tasks, methods, ground truth and run folders."""
 
-import platform
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from datetime import UTC, datetime
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import numpy as np
-import torch
 
 from forebear import methods, metrics
-from forebear.data import Data, map_tensors
+from forebear.data import Data
 from forebear.errors import DataError, FormatError, MismatchError
 from forebear.executors import Executor
 from forebear.methods.features import build_store, query_features
-from forebear.methods.fitted import Fitted, require_same_state, version
+from forebear.methods.fitted import Fitted, require_same_state
 from forebear.methods.settings import method_of, settings_of
 from forebear.methods.stored import fit_store
+from forebear.record import open_run, plain_pass_seconds, write_texts
 from forebear.run import (
-    DatasetFacts,
     Interval,
     MethodResult,
-    ModelFacts,
     Run,
     TruthFacts,
     scores_folder,
@@ -38,7 +33,7 @@ from forebear.stream import BATCH
 from forebear.task import Task
 from forebear.task_file import defined
 from forebear.training import GroundTruth
-from forebear.types import Scores, read_json, read_tensors
+from forebear.types import UNSIGNED, Scores, read_json, read_tensors
 
 KEPT = 50
 """Examples a query kept in the top lists of a run."""
@@ -59,12 +54,12 @@ def attribute(
     return methods.get(method, **options).fit(task, train).score(queries)
 
 
-def load(folder: str | Path, task: Task, train: Any = None, *, method: Any = None) -> Fitted:
+def load(folder: str | Path, task: Task | None, train: Any = None, *, method: Any = None) -> Fitted:
     """A fitted method that was saved with `fitted.save(folder)`.
 
     Args:
         folder: what `save` wrote.
-        task: with the same model.
+        task: with the same model; None for a method that was fitted without one, as NDA may be.
         train: the same training set; methods compute its gradients again as they need them.
         method: the configuration, when it has parts of your own.
 
@@ -82,7 +77,8 @@ def load(folder: str | Path, task: Task, train: Any = None, *, method: Any = Non
             f"{folder} was fitted to {len(about['train_ids'])} examples, and scoring needs them: "
             "pass train="
         )
-    data = Data.of(train, ids=about["train_ids"], collate=task.collate)
+    collate = None if task is None else task.collate
+    data = Data.of(train, ids=about["train_ids"], collate=collate)
     require_same_state(about, task, data)
     if method is None:
         method = method_of(about["settings"])
@@ -133,16 +129,24 @@ def attribute_file(path: Path, method: str, options: dict[str, Any], out: Path) 
     """
     configured = methods.get(method, **options)
     found = defined(path, ("task", "train", "queries"), ("examples",))
+    return attribute_defined(found, path.stem, [configured], out)
+
+
+def attribute_defined(
+    found: Mapping[str, Any], name: str, configured: Sequence[Any], out: Path
+) -> Run:
+    """Attribute what a file defined by methods that are configured; see `attribute_file`."""
     task = found["task"]
     train = Data.of(found["train"], collate=task.collate)
     queries = Data.of(found["queries"], collate=task.collate)
-    run = _open_run(out, path, task, train, queries)
-    result = run_method(configured, task, train, queries, out)
+    run = open_run(out, name, task, train, queries)
+    for method in configured:
+        result = run_method(method, task, train, queries, out)
+        others = [other for other in run.methods if other.name != result.name]
+        run = replace(run, methods=[*others, result], best=result.name)
+        run.save(out)
     if "examples" in found:
-        _write_texts(out, found["examples"])
-    others = [other for other in run.methods if other.name != result.name]
-    run = replace(run, methods=[*others, result], best=result.name)
-    run.save(out)
+        write_texts(out, found["examples"])
     return run
 
 
@@ -251,23 +255,36 @@ def run_method(
     fitted = configured.fit(task, train)
     scores = fitted.score(queries)
     seconds = time.perf_counter() - started
-    scores.save(scores_folder(out, name))
-    top_path(out, name).parent.mkdir(parents=True, exist_ok=True)
-    kept = min(KEPT, len(train))
-    for opponents in (False, True):
-        scores.top(kept, opponents=opponents).to_parquet(top_path(out, name, opponents=opponents))
+    write_scores(scores, out)
     path = self_influence_path(out, name)
     path.parent.mkdir(parents=True, exist_ok=True)
     np.save(path, fitted.self_influence().double().cpu().numpy())
+    result = method_result(scores, label or methods.METHODS[name].label, seconds, plain)
+    return replace(result, note=note)
+
+
+def write_scores(scores: Scores, out: Path) -> None:
+    """Scores and top lists of a method into a run; scores without a sign have no opponents."""
+    name = scores.provenance.method
+    scores.save(scores_folder(out, name))
+    top_path(out, name).parent.mkdir(parents=True, exist_ok=True)
+    kept = min(KEPT, len(scores.train_ids))
+    scores.top(kept).to_parquet(top_path(out, name))
+    if scores.provenance.sign != UNSIGNED:
+        scores.top(kept, opponents=True).to_parquet(top_path(out, name, opponents=True))
+
+
+def method_result(scores: Scores, label: str, seconds: float, plain: float | None) -> MethodResult:
+    """What the record says of a method; `plain` is the time of one plain pass."""
+    about = scores.provenance
     return MethodResult(
-        name=name,
-        label=label or methods.METHODS[name].label,
-        settings=dict(scores.provenance.settings),
-        coverage=scores.provenance.coverage,
-        units=scores.provenance.units,
+        name=about.method,
+        label=label,
+        settings=dict(about.settings),
+        coverage=about.coverage,
+        units=about.units,
         seconds=seconds,
-        passes=seconds / plain,
-        note=note,
+        passes=None if plain is None else seconds / plain,
     )
 
 
@@ -309,90 +326,3 @@ def truth_facts(truth: GroundTruth, seconds: float | None) -> TruthFacts:
         ceiling=interval(noise.ceiling) if noise else None,
         seconds=seconds,
     )
-
-
-def plain_pass_seconds(task: Task, train: Data, *, batch_size: int = BATCH) -> float:
-    """Median time of one plain forward and backward pass over the training set, of three."""
-    parameters = [p for p in task.model.parameters() if p.requires_grad]
-
-    def once() -> float:
-        started = time.perf_counter()
-        for _, batch in train.batches(batch_size):
-            moved = _to(batch, task.device)
-            torch.autograd.grad(
-                task.losses(task.model, moved).mean(), parameters, allow_unused=True
-            )
-        return time.perf_counter() - started
-
-    with task.evaluation(), torch.enable_grad():
-        once()
-        return median(once() for _ in range(3))
-
-
-def environment() -> dict[str, Any]:
-    """Versions and threads, for the record of a run."""
-    import scipy
-
-    return {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "numpy": np.__version__,
-        "scipy": scipy.__version__,
-        "threads": torch.get_num_threads(),
-        "machine": platform.machine(),
-    }
-
-
-def now() -> str:
-    """The time for a record, in UTC."""
-    return datetime.now(UTC).isoformat(timespec="seconds")
-
-
-def _to(batch: Any, device: torch.device) -> Any:
-    return map_tensors(lambda t: t.to(device), batch)
-
-
-def _open_run(out: Path, path: Path, task: Task, train: Data, queries: Data) -> Run:
-    """The record of a run of the same model and data, or a new one."""
-    model = ModelFacts(
-        description=type(task.model).__name__,
-        parameters=sum(p.numel() for p in task.model.parameters()),
-        hash=task.model_hash(),
-    )
-    dataset = DatasetFacts(
-        name=path.stem, train=len(train), queries=len(queries), fingerprint=train.fingerprint
-    )
-    if not (out / "run.json").is_file():
-        return Run(
-            kind="attribute",
-            title=path.stem,
-            created=now(),
-            version=version(),
-            dataset=dataset,
-            model=model,
-            plain_pass_seconds=plain_pass_seconds(task, train),
-            environment=environment(),
-        )
-    run = Run.load(out)
-    scored = [read_json(scores_folder(out, r.name) / "scores.json") for r in run.methods[:1]]
-    for what, mine, theirs in (
-        ("model", model.hash, run.model and run.model.hash),
-        ("training set", dataset.fingerprint, run.dataset and run.dataset.fingerprint),
-        *(("set of queries", queries.fingerprint, s["provenance"]["queries"]) for s in scored),
-    ):
-        if mine != theirs:
-            raise MismatchError(
-                f"{out} holds a run of another {what} ({theirs}, this one is {mine}): choose "
-                "another --out, or delete the folder"
-            )
-    return run
-
-
-def _write_texts(out: Path, texts: dict[str, dict[Any, str]]) -> None:
-    import json
-
-    named = {
-        side: {str(key): str(text) for key, text in texts.get(side, {}).items()}
-        for side in ("train", "queries")
-    }
-    (out / "examples.json").write_text(json.dumps(named, indent=1) + "\n")

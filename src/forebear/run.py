@@ -8,6 +8,7 @@
     truth/                              retrained models' outcomes
     data.safetensors                    images, labels and which labels were flipped
     examples.json                       {"train": {id: text}, "queries": {id: text}}
+    gallery.json                        of generated images: what the page shows (`Gallery`)
     report.html                         the page
 
 Nothing here imports torch, so that commands which only read a run start at once.
@@ -25,6 +26,9 @@ import numpy as np
 from forebear.errors import FormatError, unknown_name
 
 FORMAT = 1
+IMAGES = "images"
+"""Kind of a run on generated images, which has a page of its own (`forebear.gallery`)."""
+
 T = TypeVar("T")
 
 
@@ -167,14 +171,14 @@ class Run:
                 f"{folder} is not a run folder: it has no run.json; "
                 "make one with 'forebear demo' or 'forebear attribute'"
             )
-        content = _read_object(path)
+        content = read_object(path)
         version = content.get("format", 1)
         if not isinstance(version, int) or version > FORMAT:
             raise FormatError(
                 f"{path} has format {version!r} and this version reads up to {FORMAT}: "
                 "upgrade forebear"
             )
-        return _typed(cls, content, str(path))
+        return typed(cls, content, str(path))
 
     def save(self, folder: str | Path) -> Path:
         """Write `run.json` into `folder`, whole or not at all, and return its path."""
@@ -287,7 +291,7 @@ def read_data(folder: str | Path) -> dict[str, np.ndarray]:
 def read_texts(folder: str | Path) -> dict[str, dict[str, str]]:
     """Texts of examples: `{"train": {id: text}, "queries": {id: text}}`; empty where none."""
     path = Path(folder) / "examples.json"
-    content = _read_object(path) if path.is_file() else {}
+    content = read_object(path) if path.is_file() else {}
     return {side: dict(content.get(side, {})) for side in ("train", "queries")}
 
 
@@ -296,11 +300,16 @@ def read_ids(folder: str | Path, method: str) -> tuple[list[Any], list[Any]] | N
     path = scores_folder(folder, method) / "scores.json"
     if not path.is_file():
         return None
-    content = _read_object(path)
+    content = read_object(path)
     return content.get("query_ids", []), content.get("train_ids", [])
 
 
-def _read_object(path: Path) -> dict[str, Any]:
+def read_object(path: Path) -> dict[str, Any]:
+    """An object of a JSON file.
+
+    Raises:
+        FormatError: the file is damaged.
+    """
     try:
         content = json.loads(path.read_text())
     except (json.JSONDecodeError, UnicodeDecodeError, OSError) as error:
@@ -310,7 +319,7 @@ def _read_object(path: Path) -> dict[str, Any]:
     return content
 
 
-def _typed(cls: type[T], content: Any, where: str) -> T:
+def typed(cls: type[T], content: Any, where: str) -> T:
     """A dataclass from JSON. Keys that this version does not know are left out."""
     if not isinstance(content, Mapping):
         raise FormatError(f"{where} is damaged: expected an object, found {content!r}")
@@ -333,7 +342,7 @@ def _value(hint: Any, value: Any, where: str) -> Any:
             return None
         return _value(next(kind for kind in inner if kind is not type(None)), value, where)
     if is_dataclass(hint) and isinstance(hint, type):
-        return _typed(hint, value, where)
+        return typed(hint, value, where)
     if origin is list and isinstance(value, list):
         return [_value(inner[0], item, f"{where}[{i}]") for i, item in enumerate(value)]
     if origin is dict and isinstance(value, dict):

@@ -53,13 +53,17 @@ class Stream:
         with Capture(self.task, self.plan) as capture:
             for rows, batch in self.batches(description):
                 with naming(self.data, rows):
-                    values, gradients = capture.gradients(function, batch)
-                yield rows, values, gradients
+                    found = self.taken(capture, function, batch)
+                yield rows, *found
 
     def at(self, rows: slice, function: Function) -> tuple[Tensor, Gradients]:
         """Values and gradients of one batch."""
         with Capture(self.task, self.plan) as capture, naming(self.data, rows):
-            return capture.gradients(function, self.data.batch(rows))
+            return self.taken(capture, function, self.data.batch(rows))
+
+    def taken(self, capture: Capture, function: Function, batch: Batch) -> tuple[Tensor, Gradients]:
+        """Values `[b]` and gradients of a batch; streams of other gradients say here how."""
+        return capture.gradients(function, batch)
 
     def batches(self, description: str) -> Iterator[tuple[slice, Batch]]:
         """Positions and batches, with a progress bar."""

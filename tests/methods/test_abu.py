@@ -462,3 +462,59 @@ def test_unknown_choices_come_with_the_nearest() -> None:
         fb.AbU(curvature="ekfak")
     with pytest.raises(UnknownNameError, match="mode"):
         fb.get("abu", mode="steps")
+
+
+def test_random_noise_scales_are_those_of_training() -> None:
+    """For networks of EDM the law is an option, as of the loss they were trained with."""
+    schedule = Continuous(0.75, most=20.0)
+    net = Denoiser((1, 8, 8), 12, form="clean", deviation=0.75).double()
+    nn.init.normal_(net.out.weight, std=0.1)
+    loss = Denoising(schedule, "x0", levels=3)
+    options = {"query_draws": 40, "fisher_draws": 3, "curvature": "diagonal", "seed": 2}
+    few = {k: v[:10] for k, v in wide(TRAIN).items()}
+    ask = {k: v[:1] for k, v in wide(QUERIES).items()}
+    fit = fb.AbU(location=-2.0, spread=0.3, **options).fit(fb.Task(net, loss), few)  # type: ignore[arg-type]
+    training = loss.training(location=-2.0, spread=0.3)
+    parameters = list(net.parameters())
+    stamped = {k: v.expand(40, *v.shape[1:]) for k, v in ask.items()}
+    stamped["moment"] = moments(stamped["key"], 2, 2**32 + torch.arange(40))
+    found = torch.autograd.grad(training(net, stamped).mean(), parameters)
+    blocks = fit._query().gradients(Data(ask))[0]
+    assert blocks.norm().item() == pytest.approx(
+        torch.stack([g.square().sum() for g in found]).sum().sqrt().item()
+    )
+    total = torch.zeros((), dtype=torch.float64)
+    for visit in range(3):
+        for i in range(10):
+            one = {k: v[i : i + 1] for k, v in few.items()}
+            one["moment"] = moments(one["key"], 2, visit)
+            grads = torch.autograd.grad(training(net, one).sum(), parameters)
+            total = total + torch.stack([g.square().sum() for g in grads]).sum() / 30
+    diagonal = torch.stack([v.sum() for v in fit.curvatures[0].source.eigenvalues.values()]).sum()
+    assert diagonal.item() == pytest.approx(total.item())
+    other = fb.AbU(**options).fit(fb.Task(net, loss), few)  # type: ignore[arg-type]
+    assert not torch.allclose(other._query().gradients(Data(ask))[0], blocks)
+    for option in ({"spread": -1.0}, {"location": float("nan")}):
+        with pytest.raises(TaskError, match=r"location is .* and spread"):
+            fb.AbU(**option)  # type: ignore[arg-type]
+
+
+def test_the_record_says_how_far_each_query_was_forgotten(model: nn.Module) -> None:
+    fit = fitted(model, mode="step", steps=2)
+    scores = fit.score(QUERIES, ids=[f"q{i}" for i in range(Q)])
+    told = scores.provenance.settings["unlearning"]
+    assert told["forgotten"] == [True] * Q
+    assert all(a > b for a, b in zip(told["after"], told["before"], strict=True))
+    torch.testing.assert_close(
+        torch.tensor(told["alpha"]), fit.forgotten(QUERIES).alphas, rtol=1e-5, atol=0
+    )
+    assert fit.top(QUERIES, k=2).provenance.settings["unlearning"] == told
+    linear = with_options(fit, mode="linear", steps=1).score(QUERIES)
+    assert "unlearning" not in linear.provenance.settings
+    # Down instead of up: as a step does that is too long.
+    query, changes = fit._query(), fit.forgotten(QUERIES).changes
+    assert (query.losses(Data(QUERIES), -changes) < query.losses(Data(QUERIES))).all()
+    backwards = Forgotten(-changes, torch.ones(Q))
+    with pytest.warns(NumericalWarning, match="did not raise the loss of queries 0, 1, 2"):
+        fit._look_back(Data(QUERIES), backwards)
+    assert not any(fit.told(Data(QUERIES))["unlearning"]["forgotten"])

@@ -58,7 +58,7 @@ def asked() -> dict[str, Tensor]:
 
 
 MODEL, TRAIN, ASKED = small(), training(), asked()
-OPTIONS: dict[str, Any] = {"draws": 5, "sampler": WAY, "dimension": None}
+OPTIONS: dict[str, Any] = {"draws": 5, "sampler": WAY, "dimension": None, "inversion": False}
 
 
 def seen(kind: str, noisy: Tensor, said: Tensor, signal: float, strength: float) -> Tensor:
@@ -227,7 +227,7 @@ def test_a_global_concept_is_the_same_for_every_key() -> None:
 def test_inverted_images_are_where_noisy_ones_come_from() -> None:
     loss = LOSSES["epsilon"]
     task = fb.Task(MODEL, loss)
-    fitted = fb.ConceptTRAK(inversion=True, **OPTIONS).fit(task, TRAIN)
+    fitted = fb.ConceptTRAK(**{**OPTIONS, "inversion": True}).fit(task, TRAIN)
     states = dict(WAY.inversion(Guided(MODEL, loss, TRAIN["condition"]), TRAIN["image"]))
     levels = sorted(states)[2:20:2]
     found = list(fitted.posterior.states(MODEL, TRAIN))
@@ -235,6 +235,34 @@ def test_inverted_images_are_where_noisy_ones_come_from() -> None:
     for level, noisy in found:
         torch.testing.assert_close(noisy, states[level])
     assert torch.isfinite(fitted.score(ASKED).values).all()
+
+
+def test_images_are_inverted_where_that_can_be() -> None:
+    def inverted(name: str, **options: Any) -> bool:
+        method = fb.ConceptTRAK(**{**OPTIONS, "inversion": None, **options})
+        return method.fit(fb.Task(MODEL, LOSSES[name]), TRAIN).details()["inverted"]
+
+    assert inverted("epsilon")
+    assert inverted("v")
+    assert not inverted("edm")
+    assert not inverted("epsilon", levels=(100, 500))
+    assert not inverted("epsilon", training="loss")
+    assert not inverted("epsilon", inversion=False)
+    task = fb.Task(MODEL, LOSSES["epsilon"])
+    by_default = fb.ConceptTRAK(**{**OPTIONS, "inversion": None}).fit(task, TRAIN)
+    asked_for = fb.ConceptTRAK(**{**OPTIONS, "inversion": True}).fit(task, TRAIN)
+    assert torch.equal(by_default.score(ASKED).values, asked_for.score(ASKED).values)
+
+
+@pytest.mark.parametrize("inversion", [False, True])
+def test_whole_images_are_compared_by_the_training_images_own_gradients(inversion: bool) -> None:
+    task = fb.Task(MODEL, LOSSES["epsilon"])
+    options = {**OPTIONS, "inversion": inversion, "scope": "whole"}
+    fitted = fb.ConceptTRAK(**options).fit(task, TRAIN)
+    scores = fitted.score(TRAIN).values
+    torch.testing.assert_close(scores.diagonal(), fitted.self_influence(), rtol=1e-6, atol=0)
+    torch.testing.assert_close(scores, scores.T, rtol=1e-6, atol=1e-9)
+    assert (scores.diagonal() > 0).all()
 
 
 def test_an_image_is_asked_about_from_the_noise_it_came_from() -> None:
@@ -295,6 +323,8 @@ def test_what_cannot_be_asked_is_refused_with_the_remedy() -> None:
         fb.ConceptTRAK(inversion=True, levels=(100,))
     with pytest.raises(TaskError, match="levels of its own"):
         fb.ConceptTRAK(inversion=True, training="loss")
+    with pytest.raises(TaskError, match="steers queries like training images"):
+        fb.ConceptTRAK(scope="whole", training="loss")
     with pytest.raises(TaskError, match="draws is 0"):
         fb.ConceptTRAK(draws=0)
     with pytest.raises(TaskError, match="one step"):
@@ -308,6 +338,9 @@ def test_what_cannot_be_asked_is_refused_with_the_remedy() -> None:
     fitted = fb.ConceptTRAK(scope="image", **OPTIONS).fit(task, TRAIN)
     with pytest.raises(DataError, match="queries lack image"):
         fitted.score(concepts(told, 0 * told))
+    whole = fb.ConceptTRAK(**{**OPTIONS, "scope": "whole"}).fit(task, TRAIN)
+    with pytest.raises(DataError, match=r"queries lack image: make them with forebear\.tasks"):
+        whole.score(concepts(told, 0 * told))
     with pytest.raises(DataError, match="queries lack without, image"):
         fitted.score({"condition": told, "key": torch.arange(Q)})
     with pytest.raises(DataError, match="the dataset is empty"):
@@ -385,8 +418,9 @@ def test_pictures_show_what_their_conditions_say() -> None:
     assert data.withheld.tolist() == [True, True, *[False] * 6]
     bars = batch["image"][:, 0, [1, 4, 8], 8].argmax(1)
     assert torch.equal(bars, data.labels[:, 1])
-    asked = zoo.asked(data, 1)
-    assert (asked["without"][:, 3:] == 0).all()
+    asked = zoo.asked(data.query_labels, 1)
+    others = 0.5 * (1 - asked["condition"][:, 3:])
+    assert torch.equal(asked["without"][:, 3:], others)
     assert torch.equal(asked["without"][:, :3], asked["condition"][:, :3])
     again = zoo.load(train=400, each=2, pairs=3)
     assert again.train.fingerprint == data.train.fingerprint

@@ -1,5 +1,6 @@
 """D-TRAK and what gradient methods for diffusion share."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -128,10 +129,11 @@ def test_functions_mean_the_same_whatever_the_network_predicts(prediction: Any) 
         fb.DTRAK(points="unit"),
         fb.DTRAK(dimension=20),
         fb.TRAK(dimension=None),
+        replace(fb.DTRAK(), normalise="relative_parameters"),
         fb.DAS(),
         fb.DAS(dimension=20, form="linear"),
     ],
-    ids=["dtrak", "unit", "projected", "trak", "das", "das projected"],
+    ids=["dtrak", "unit", "projected", "trak", "relative", "das", "das projected"],
 )
 def test_a_sweep_over_ridges_is_one_fit_for_each(method: Any) -> None:
     task, train, queries = case()

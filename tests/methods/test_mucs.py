@@ -326,8 +326,8 @@ def test_networks_that_cannot_be_stacked_are_unlearned_one_by_one(model: nn.Modu
     torch.testing.assert_close(scores, fast, rtol=1e-5, atol=1e-8)
 
 
-def test_a_cascade_scores_only_what_a_cheap_method_kept(task: fb.Task) -> None:
-    cheap = fb.Similarity()
+@pytest.mark.parametrize("cheap", [fb.NDA(patch=3), fb.Similarity()], ids=["nda", "cosine"])
+def test_a_cascade_scores_only_what_a_cheap_method_kept(task: fb.Task, cheap: Any) -> None:
     cascade = fb.Cascade([cheap, mucs()], keep=[6]).fit(task, TRAIN)
     found = cascade.top(QUERIES, k=4)
     scores = mucs().fit(task, TRAIN).score(QUERIES).values
@@ -336,6 +336,9 @@ def test_a_cascade_scores_only_what_a_cheap_method_kept(task: fb.Task) -> None:
         best = sorted(near[q], key=lambda i: -scores[q, i])[:4]
         assert list(found.ids[q]) == best
         torch.testing.assert_close(found.values[q], scores[q, best])
+    assert found.provenance is not None
+    told = found.provenance.settings["stages"][1]["unlearning"]
+    assert told["converged"] == [True] * Q
 
 
 def test_self_influence_is_the_diagonal(task: fb.Task) -> None:

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import forebear as fb
-from forebear.methods.nda import FittedNDA, maps, method, patches
+from forebear.methods.nda import FittedNDA, maps, patches
+from forebear.methods.nda import fitted as state
 from forebear.tasks.diffusion import images
 from forebear.tasks.noise import gaussian
 from forebear.tasks.schedules import Continuous, Discrete, Schedule
@@ -159,8 +160,8 @@ def test_blocks_of_any_size_give_the_same(
     oracle = expected(train, QUERIES, keep, level=level)
     assert (scores - oracle).abs().max() < 1e-10
     for module, name in (
-        (method, "KEPT_BYTES"),
-        (method, "BLOCK_BYTES"),
+        (state, "KEPT_BYTES"),
+        (state, "BLOCK_BYTES"),
         (patches, "PATCH_BYTES"),
         (patches, "LOGIT_BYTES"),
         (maps, "WEIGHT_BYTES"),
@@ -179,7 +180,7 @@ def test_blocks_of_any_size_give_the_same(
 def test_a_later_image_may_hold_all_the_weight(monkeypatch: pytest.MonkeyPatch, block: int) -> None:
     """Exponentials against the reference of earlier images would overflow."""
     monkeypatch.setattr(patches, "PATCH_BYTES", 1)
-    monkeypatch.setattr(method, "BLOCK_BYTES", block)
+    monkeypatch.setattr(state, "BLOCK_BYTES", block)
     query = QUERIES["image"][:1]
     # Ever nearer to the query, so that the reference changes again and again.
     train = torch.cat([query + far * (TRAIN["image"][:5] - query) for far in (1.0, 0.5, 0.0)])
@@ -320,9 +321,35 @@ def test_a_model_goes_into_the_record_and_changes_nothing(tmp_path: Path) -> Non
     assert torch.equal(loaded.score(QUERIES).values, scores.values)
 
 
+def test_without_a_model_it_is_saved_and_loaded_too(tmp_path: Path) -> None:
+    fitted = fb.NDA(timesteps=(20,)).fit(None, TRAIN)
+    fitted.save(tmp_path / "bare")
+    loaded = fb.load(tmp_path / "bare", None, TRAIN)
+    assert torch.equal(loaded.score(QUERIES).values, fitted.score(QUERIES).values)
+    task = fb.Task(nn.Linear(2, 2), loss=fb.losses.cross_entropy)
+    with pytest.raises(fb.errors.MismatchError, match=r"no model .* there is a task: pass task=No"):
+        fb.load(tmp_path / "bare", task, TRAIN)
+    fb.NDA().fit(task, TRAIN).save(tmp_path / "told")
+    with pytest.raises(fb.errors.MismatchError, match=f"{task.model_hash()} .* pass the task"):
+        fb.load(tmp_path / "told", None, TRAIN)
+    with pytest.raises(fb.errors.MismatchError, match="training set"):
+        fb.load(tmp_path / "bare", None, drawn(N, 5))
+
+
+def test_more_weights_than_positions_are_refused() -> None:
+    with pytest.raises(
+        fb.errors.DataError, match=r"keep is 73 and images of 8 x 9 have 72 positions .* keep=None"
+    ):
+        fb.NDA(keep=73).fit(None, TRAIN)
+    every = fb.NDA(keep=72).fit(None, TRAIN).score(QUERIES).values
+    assert torch.equal(every, fb.NDA(keep=None).fit(None, TRAIN).score(QUERIES).values)
+    assert torch.equal(every, fb.NDA().fit(None, TRAIN).score(QUERIES).values)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        ({"keep": "publishd"}, "did you mean 'published'"),
         ({"patch": 4}, "patch is 4"),
         ({"patch": 0}, "patch is 0"),
         ({"keep": 0}, "keep is 0"),
@@ -334,7 +361,7 @@ def test_a_model_goes_into_the_record_and_changes_nothing(tmp_path: Path) -> Non
     ],
 )
 def test_settings_that_make_no_sense_are_refused(options: dict[str, Any], message: str) -> None:
-    with pytest.raises(fb.errors.TaskError, match=message):
+    with pytest.raises((fb.errors.TaskError, fb.errors.UnknownNameError), match=message):
         fb.NDA(**options)
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from forebear.methods import influence
+from forebear.methods import fitted_influence
 from forebear.planning.measure import ladder, measured, sharing_limits
 
 
@@ -72,7 +72,7 @@ def test_memory_and_disk_are_those_of_the_work() -> None:
 
 
 def test_limits_are_shared_and_given_back() -> None:
-    before = influence.FEATURE_BYTES
+    before = fitted_influence.FEATURE_BYTES
     with sharing_limits(0.25):
-        assert before // 4 == influence.FEATURE_BYTES
-    assert before == influence.FEATURE_BYTES
+        assert before // 4 == fitted_influence.FEATURE_BYTES
+    assert before == fitted_influence.FEATURE_BYTES

@@ -2,6 +2,8 @@
 
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -12,12 +14,26 @@ from scipy.stats import spearmanr
 
 from forebear.errors import MismatchError, UnknownNameError
 from forebear.studies import StudyResult, diffusion
-from forebear.studies.diffusion import concepts, entrants, judging, likeness, removal, subjects
+from forebear.studies.diffusion import (
+    entrants,
+    judging,
+    likeness,
+    models,
+    removal,
+    subjects,
+    timing,
+)
+from forebear.studies.diffusion.findings import (
+    _better_together,
+    _controls,
+    _few_levels,
+    _late,
+    _pooled,
+)
 from forebear.studies.diffusion.subjects import Quality, Removal, Subject
 from forebear.tasks.schedules import Discrete
 from forebear.training import GroundTruth
 from forebear.training.recipe import Recipe
-from forebear.zoo import concepts as concepts_zoo
 from forebear.zoo import digits_diffusion
 from forebear.zoo.pictures import half_subsets
 
@@ -56,12 +72,14 @@ def use_tiny(patch: pytest.MonkeyPatch) -> None:
     some = tuple(entrant for entrant in entrants.ENTRANTS if entrant.key in FEW)
     patch.setattr(diffusion, "ENTRANTS", some)
     patch.setattr(diffusion, "REMOVED", ("pixels", "graddot"))
+    patch.setattr(models, "TOGETHER", 4)
 
 
 def test_lds_is_that_of_sums_over_the_halves(study: tuple[Path, StudyResult]) -> None:
     folder, _ = study
     truth = tiny(False, 0)
-    pieces = sorted((folder / "pieces" / "truth").glob("piece-*"))
+    pieces = sorted((folder / "pieces").glob("truth-*.safetensors"))
+    assert len(pieces) == 4  # two seeds, and four networks at a time
     outcomes = torch.cat([load_file(path)["outcomes"] for path in pieces])
     mean = outcomes.view(2, 6, -1).mean(0).numpy()  # [m, q]
     image = truth.pictures.train.batch(slice(None))["image"].flatten(1).double().numpy()
@@ -82,7 +100,8 @@ def test_lds_is_that_of_sums_over_the_halves(study: tuple[Path, StudyResult]) ->
 def test_the_folder_is_whole(study: tuple[Path, StudyResult]) -> None:
     folder, result = study
     names = {table.name for table in result.tables}
-    assert {"lds", "ceiling", "ridges", "removal", "pooled", "cost", "per_query"} == names
+    parts = {"ridges", "removal", "pooled", "cost", "per_query", "time"}
+    assert {"lds", "ceiling", *parts} == names
     for name in (*result.figures, "report"):
         assert (folder / (f"{name}.svg" if name in result.figures else "report.html")).is_file()
     again = StudyResult.load(folder)
@@ -102,12 +121,53 @@ def test_it_goes_on_where_it_was(
 
     monkeypatch.setattr(Recipe, "train_many", no_training)
     again = diffusion.run(folder, task="tiny")
-    same = {"lds", "pooled", "removal", "ridges"}
+    same = {"lds", "pooled", "removal", "ridges", "cost"}
     for one, other in zip(result.tables, again.tables, strict=True):
         if one.name in same:
-            assert [r[1:-1] for r in one.texts()] == [r[1:-1] for r in other.texts()]
+            assert one.texts() == other.texts()
     with pytest.raises(MismatchError, match="seed differs"):
         diffusion.run(folder, task="tiny", seed=1)
+
+
+def test_time_is_that_of_all_pieces_whichever_run_made_them(
+    study: tuple[Path, StudyResult], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, result = study
+    use_tiny(monkeypatch)
+    again = diffusion.run(folder, task="tiny")
+    tables = [next(t for t in each.tables if t.name == "time") for each in (result, again)]
+    assert [row[0] for row in tables[0].rows][:4] == list(timing.PARTS)
+    for one, other in zip(*(table.rows[:4] for table in tables), strict=True):
+        assert one == other
+        assert one[1] > 0  # type: ignore[operator]
+    seconds = [row[2] for row in tables[1].rows]
+    assert sum(seconds[:5]) == pytest.approx(seconds[5], abs=0.3)  # type: ignore[arg-type]
+
+
+def test_a_stopped_piece_is_made_again_and_counted_once(tmp_path: Path) -> None:
+    made = []
+
+    def make() -> dict[str, torch.Tensor]:
+        made.append(1)
+        if len(made) == 1:
+            raise KeyboardInterrupt
+        sum(range(10**6))
+        return {"x": torch.ones(2)}
+
+    with pytest.raises(KeyboardInterrupt):
+        timing.TimedPieces(tmp_path, {}).timed("scoring", "one", make)
+    first, third = (timing.TimedPieces(tmp_path, {}) for _ in range(2))
+    first.timed("scoring", "one", make, {"warnings": ["w"]})
+    _, known = third.timed("scoring", "one", make)
+    assert (len(made), third.made, known["warnings"]) == (2, {}, ["w"])
+    assert third.seconds("scoring") == first.seconds("scoring") == first.made["one"] > 0
+    assert third.seconds("removal") == 0
+
+
+def test_entrants_with_other_options_have_other_pieces() -> None:
+    seen = [str(entrant.settings) for entrant in entrants.ENTRANTS]
+    assert len(set(seen)) == len(seen)
+    assert not any("0x" in one for one in seen)  # no addresses: names last over runs
 
 
 def test_unknown_tasks_are_refused(tmp_path: Path) -> None:
@@ -180,19 +240,60 @@ def test_the_noise_bank_keeps_the_noisy_end() -> None:
     assert bank[0] == pytest.approx(schedule.levels(142)[42])
 
 
-def test_precision_counts_the_concept_of_the_query() -> None:
-    data = concepts_zoo.load(train=60, each=1, pairs=2)
-    same = data.query_labels[:, 1, None] == data.labels[None, :, 1]
-    perfect = concepts.precision(data, same.float(), 1)
-    np.testing.assert_allclose(perfect, np.minimum(same.sum(1).numpy(), 10) / 10)
-    whole = same.float() + (data.query_labels[:, 0, None] == data.labels[None, :, 0]).float()
-    both = np.mean([concepts.precision(data, whole, c) for c in (0, 1)], axis=0)
-    assert both[data.withheld.numpy()].max() <= 0.5  # no picture has both
+class Told:
+    """What findings look at, made up."""
+
+    def __init__(self, values: dict[str, tuple[list[float], list[float]]], few: int = 4) -> None:
+        self.groups = {"validation": slice(0, few), "generated": slice(few, 2 * few)}
+        self.values = values
+        self.judged = {key: dict.fromkeys(self.groups) for key in values}
+        self.trained = SimpleNamespace(subject=SimpleNamespace(name="told", groups=self.groups))
+        self.rows = {key: torch.arange(2 * few) for key in values}
+        self.scores: dict[str, torch.Tensor] = {}
+        self.removals: dict[str, removal.Removals] = {}
+
+    def fixed(self, key: str, group: str) -> judging.Judgement:
+        each = self.values[key][list(self.groups).index(group)]
+        return judging.Judgement(np.array(each), 0.1)
 
 
-def test_the_slider_is_held_against_whole_images() -> None:
-    withheld = np.array([True, True, False])
-    values = {"trak": 0.4, "slider_trak": 0.7, "slider": 0.75}
-    found = {key: np.array([value, value, 1.0]) for key, value in values.items()}
-    verdicts = [finding.holds for finding in concepts.findings(found, withheld)]
-    assert verdicts == [True, False, True]
+@pytest.mark.parametrize(("late", "holds"), [(0.24, True), (0.26, False)])
+def test_nda_with_much_noise_is_held_against_nda(late: float, holds: bool) -> None:
+    told: Any = Told({"nda": ([0.4] * 4, [0.1] * 4), "nda_late": ([late] * 4, [0.1] * 4)})
+    assert _late(told).holds is holds  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize(("both", "holds"), [(0.61, True), (0.59, False)])
+def test_an_ensemble_is_held_against_its_best_member(both: float, holds: bool) -> None:
+    values = {"mucs+das:z": both, "mucs": 0.5, "das": 0.6}
+    told: Any = Told({key: ([value] * 4, [value] * 4) for key, value in values.items()})
+    # A member that was asked about more queries is compared on those of the ensemble.
+    told.rows |= {key: torch.tensor([0, 1, 4, 5]) for key in ("mucs+das:z", "mucs")}
+    for key in ("mucs+das:z", "mucs"):
+        told.values[key] = (told.values[key][0][:2], told.values[key][1][:2])
+    told.values["das"] = ([0.6, 0.6, 9.0, 9.0], [0.6, 0.6, 9.0, 9.0])
+    found = _better_together(told)
+    assert found is not None
+    assert found.holds is holds
+    assert "DAS, squared 0.600" in found.measured
+
+
+def test_few_levels_are_held_against_many() -> None:
+    told: Any = Told({"mucs": ([0.5] * 4, [0.5] * 4), "mucs_100": ([0.5] * 4, [0.5] * 4)})
+    scores = torch.randn(1, 3, 50, generator=torch.Generator().manual_seed(0))
+    told.scores = {"mucs": scores, "mucs_100": scores.exp()}
+    assert _few_levels(told).holds is True  # type: ignore[union-attr]
+    told.scores["mucs_100"] = scores.flip(2)
+    assert _few_levels(told).holds is False  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize(("aside", "holds"), [(1.0, True), (2.5, False)])
+def test_controls_are_held_against_targets(aside: float, holds: bool) -> None:
+    told: Any = Told({"das": ([0.5] * 4, [0.5] * 4)})
+    moved = removal.Changes(np.full(9, 2.0), np.full(9, aside), 30, 0.1)
+    chance = removal.Changes(np.full(9, 0.5), np.full(9, 0.5), 30)
+    told.removals = {"pixel distance": removal.Removals({}, {"das": moved}, {"das": chance}, {})}
+    assert _pooled(told).holds is True
+    found = _controls(told)
+    assert found.holds is holds
+    assert f"{aside / 0.5:.2f} times random" in found.measured

@@ -26,3 +26,22 @@ def settings_of(pairs: Sequence[str]) -> dict[str, Any]:
         except json.JSONDecodeError:
             settings[key] = value
     return settings
+
+
+def settings_by_method(names: Sequence[str], settings: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Settings of each method; with several, the key of a setting begins with the method's name."""
+    found: dict[str, dict[str, Any]] = {name: {} for name in names}
+    if len(found) < len(names):
+        raise ForebearError(f"--method names one of {', '.join(names)} twice: keep one of them")
+    for key, value in settings.items():
+        name, dot, rest = key.partition(".")
+        if dot and name in found:
+            found[name][rest] = value
+        elif len(names) == 1:
+            found[names[0]][key] = value
+        else:
+            raise ForebearError(
+                f"--option {key} does not say which method it is for: write it like "
+                f"{names[0]}.{key}={value}"
+            )
+    return found

@@ -40,6 +40,8 @@ def AbU(
     fisher_draws: int = 5,
     flips: Literal["none", "max", "mean"] = "none",
     box: Box | None = None,
+    location: float = -1.2,
+    spread: float = 1.2,
     layers: tuple[str, ...] | None = None,
     seed: int = 0,
 ) -> "Unlearning":
@@ -61,6 +63,9 @@ def AbU(
         fisher_draws: the same for each training example in F.
         flips: also compare mirrored training images, and take the `"max"` or `"mean"` of both.
         box: unlearn these pixels only: first row and column, and those after the last.
+        location: mean of the logarithm of random noise scales, as in training; timesteps of a
+            `Discrete` schedule are all as likely.
+        spread: its standard deviation.
         layers: change the weights of these layers only, such as `("*.attn2.to_k", "*.attn2.to_v")`.
         seed: of random levels and noises.
     """
@@ -86,6 +91,8 @@ def AbU(
         fisher_draws=fisher_draws,
         flips=flips,
         box=box,
+        location=location,
+        spread=spread,
     )
 
 
@@ -107,6 +114,8 @@ class Unlearning(Influence):
     fisher_draws: int = 5
     flips: Literal["none", "max", "mean"] = "none"
     box: Box | None = None
+    location: float = -1.2
+    spread: float = 1.2
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -124,6 +133,11 @@ class Unlearning(Influence):
             value = getattr(self, option)
             if value is not None and not (math.isfinite(value) and value > 0):
                 raise TaskError(f"{option} is {value}: a step must be longer than 0")
+        if not (math.isfinite(self.location) and math.isfinite(self.spread) and self.spread >= 0):
+            raise TaskError(
+                f"location is {self.location} and spread {self.spread}: noise scales need finite "
+                "ones, and a spread of at least 0; use those of loss.training(...)"
+            )
         if self.box is not None:
             top, left, bottom, right = self.box
             if not (0 <= top < bottom and 0 <= left < right):

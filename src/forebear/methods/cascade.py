@@ -151,7 +151,10 @@ class FittedCascade:
         *_, (positions, values) = self._through(data, k, opponents)
         last = self.stages[-1]._provenance(data)
         settings = {
-            "stages": [settings_of(stage.method) | stage.details() for stage in self.stages],
+            "stages": [
+                settings_of(stage.method) | stage.details() | stage.told(data)
+                for stage in self.stages
+            ],
             "keep": list(self.keep),
             "together": self.together,
         }

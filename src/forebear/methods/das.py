@@ -13,13 +13,13 @@ from forebear.executors import Executor
 from forebear.gradients import Precision
 from forebear.methods.diffusion_gradients import (
     RIDGE,
-    Compression,
-    compressed,
     kernel,
     training_residuals,
 )
-from forebear.methods.influence import FittedInfluence, Influence
+from forebear.methods.fitted_influence import FittedInfluence
+from forebear.methods.influence import Influence
 from forebear.plan import make_plan
+from forebear.projections import Compression
 from forebear.stream import BATCH, is_elsewhere
 from forebear.task import Task
 from forebear.types import UNSIGNED, Provenance, TopK
@@ -48,12 +48,11 @@ def DAS(
             is that of the change of the function and names neither proponents nor opponents.
         function: of the noise that the network sees.
         points: `"mean"` leaves gradients at different levels as long as they are.
-        damping: λ; a number is relative to the mean eigenvalue. The mean of those that can differ
-            from zero when left out.
-        dimension: of a projection; None compares whole gradients.
-        projection: `"tensor_sketch"`, which acts on factors, `"gaussian"` or `"sjlt"`.
-        precision: of the products of all pairs.
-        layers: restrict the method to these layers.
+        damping: this and what follows as of `DTRAK`.
+        dimension: of a projection.
+        projection: which one.
+        precision: of products.
+        layers: that are looked at.
         seed: of the projection.
     """
     return DASInfluence(
@@ -61,12 +60,7 @@ def DAS(
         form=form,
         gradient=function,
         points=points,
-        curvature=kernel(precision),
-        projection=compressed(dimension, projection),
-        damping=damping,
-        units="ranking",
-        layers=layers,
-        seed=seed,
+        **kernel(damping, dimension, projection, precision, layers, seed),
     )
 
 

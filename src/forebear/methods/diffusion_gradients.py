@@ -5,42 +5,55 @@ the gradient of a scalar. Methods differ in the scalar, and in what they multipl
 """
 
 from collections.abc import Iterator, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from forebear.curvature import Curvature, Damping, Dense, NonzeroRelative, Whole, as_damping
+from forebear.curvature import Damping, Dense, NonzeroRelative, Whole, as_damping
 from forebear.curvature.dense import FittedDense
 from forebear.curvature.solved import flat
 from forebear.curvature.spectrum import FittedSpectrum
 from forebear.data import Data, map_tensors, naming, require_finite
-from forebear.errors import TaskError, unknown_name
+from forebear.errors import TaskError
 from forebear.gradients import Precision, joined
 from forebear.methods.fitted import require_same_columns
-from forebear.methods.influence import FittedInfluence
+from forebear.methods.fitted_influence import FittedInfluence
 from forebear.progress import track
-from forebear.projections import SJLT, Gaussian, Projection, TensorSketch
+from forebear.projections import Compression, compressed
 from forebear.task import Task
-
-Compression = Literal["tensor_sketch", "gaussian", "sjlt"]
-"""Projections by name."""
 
 RIDGE = NonzeroRelative(1.0)
 """The rule for λ where none is given: it looks at the features alone."""
 
 
-def kernel(precision: Precision) -> Curvature:
-    """The second moment of the features: in their span where they are fewer than dimensions."""
-    return Whole(Dense(kind="fisher", precision=precision))
+def kernel(
+    damping: float | Damping,
+    dimension: int | None,
+    projection: Compression,
+    precision: Precision,
+    layers: tuple[str, ...] | None,
+    seed: int,
+) -> dict[str, Any]:
+    """What the methods have in common, as options of `Influence`.
 
-
-def compressed(dimension: int | None, projection: Compression) -> Projection | None:
-    """A projection by name; none without a dimension."""
-    kinds = {"tensor_sketch": TensorSketch, "gaussian": Gaussian, "sjlt": SJLT}
-    if projection not in kinds:
-        raise unknown_name("projection", str(projection), kinds)
-    return None if dimension is None else kinds[projection](dimension)
+    Args:
+        damping: λ; a number is relative to the mean eigenvalue.
+        dimension: of a projection; None compares whole gradients, exactly, which takes memory for
+            all of them where they are fewer than parameters.
+        projection: `"tensor_sketch"`, which acts on factors, `"gaussian"` or `"sjlt"`.
+        precision: of the products of all pairs.
+        layers: restrict the method to these layers.
+        seed: of the projection.
+    """
+    return {
+        "curvature": Whole(Dense(kind="fisher", precision=precision)),
+        "projection": compressed(dimension, projection),
+        "damping": damping,
+        "units": "ranking",
+        "layers": layers,
+        "seed": seed,
+    }
 
 
 @torch.no_grad()
@@ -79,7 +92,7 @@ def ridge_sweep(
 
     Args:
         fitted: `Influence` with a dense curvature, such as `TRAK`, `DTRAK` or `DAS`, at one model
-            and not normalised.
+            and not normalised, or by the length of the step in parameters.
         queries: what is asked about.
         dampings: numbers are relative to the mean eigenvalue.
 
@@ -87,10 +100,11 @@ def ridge_sweep(
         TaskError: the method has no such curvature.
     """
     method = fitted.method
-    if len(fitted.moments) > 1 or method.normalise != "none" or method.correction != "none":
+    normalised = method.normalise not in ("none", "relative_parameters")
+    if len(fitted.moments) > 1 or normalised or method.correction != "none":
         raise TaskError(
             f"ridges of {method.name} cannot be swept over: it must use one model, and "
-            "normalise='none'; call with_damping for each instead"
+            "normalise='none' or 'relative_parameters'; call with_damping for each instead"
         )
     chosen = [as_damping(damping) for damping in dampings]
     data = Data.of(queries, collate=fitted.task.collate)
@@ -106,15 +120,19 @@ def ridge_sweep(
         stream = fitted.stream(0, data)
         parts = [g for _, _, g in stream.gradients(fitted.query_function, "queries")]
     asked = torch.cat(list(flat(joined(parts), fitted.feature_plan))).to(vectors) @ vectors.T
-    seen = []
+    seen, shares = [], []
     for _, weights, gradients in fitted.training_pass("training set"):
         rows = torch.cat(list(flat(gradients[0], fitted.feature_plan))).to(vectors) @ vectors.T
-        seen.append(rows if method.gradient != "output" else rows * weights[:, None])
+        seen.append(rows)
+        shares.append(weights.to(rows) if method.gradient == "output" else rows.new_ones(len(rows)))
     told = torch.cat(seen)  # [n, r]; everything of the training set lies in the span
+    share = torch.cat(shares)
     for damping in chosen:
         inverse = base.with_damping(damping).inverse
         assert inverse is not None
-        scores = (asked * inverse.to(asked)) @ told.T
+        steps = told * inverse.to(told)
+        lengths = steps.norm(dim=1) if method.normalise == "relative_parameters" else 1.0
+        scores = asked @ steps.T * (share / lengths)
         yield fitted.finished(scores * fitted.scale, slice(0, len(fitted.train)))
 
 

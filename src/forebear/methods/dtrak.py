@@ -4,8 +4,9 @@ from typing import Literal
 
 from forebear.curvature import Damping
 from forebear.gradients import Precision
-from forebear.methods.diffusion_gradients import RIDGE, Compression, compressed, kernel
+from forebear.methods.diffusion_gradients import RIDGE, kernel
 from forebear.methods.influence import Influence
+from forebear.projections import Compression
 
 
 def DTRAK(
@@ -41,10 +42,5 @@ def DTRAK(
         name="dtrak",
         gradient=function,
         points=points,
-        curvature=kernel(precision),
-        projection=compressed(dimension, projection),
-        damping=damping,
-        units="ranking",
-        layers=layers,
-        seed=seed,
+        **kernel(damping, dimension, projection, precision, layers, seed),
     )

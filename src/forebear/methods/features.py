@@ -28,7 +28,8 @@ from forebear.executors import Executor, InProcess
 from forebear.gradients import joined
 from forebear.methods.baselines import FittedSimilarity, Similarity
 from forebear.methods.fitted import Fitted, require_same_columns, version
-from forebear.methods.influence import FittedInfluence, Influence
+from forebear.methods.fitted_influence import FittedInfluence
+from forebear.methods.influence import Influence
 from forebear.methods.settings import settings_of
 from forebear.plan import make_plan
 from forebear.projections.stream import as_blocks

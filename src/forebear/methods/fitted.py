@@ -23,6 +23,9 @@ from forebear.types import Provenance, Scores, TopK, check_k, write_json
 if TYPE_CHECKING:
     from forebear.methods.blocks import ScoreBlocks
 
+NO_MODEL = "none"
+"""Hash of the model where there is none."""
+
 Piece = tuple[slice, slice, Tensor]
 """Query positions, training positions, and their scores `[q, b]`."""
 
@@ -146,6 +149,10 @@ class Fitted(ABC):
         """What was found while fitting and belongs into the record, such as the damping used."""
         return {}
 
+    def told(self, queries: Data) -> dict[str, Any]:
+        """What was found while these queries were answered, and belongs into the record."""
+        return {}
+
     @cached_property
     def model_hash(self) -> str:
         """Hash of the model's weights when first asked for."""
@@ -231,7 +238,7 @@ class Fitted(ABC):
     def _provenance(self, queries: Data) -> Provenance:
         return Provenance(
             method=self.method.name,
-            settings=settings_of(self.method) | self.details(),
+            settings=settings_of(self.method) | self.details() | self.told(queries),
             units=self.units,
             coverage=self.coverage,
             model=self.model_hash,
@@ -257,6 +264,25 @@ def block_name(rows: slice, columns: slice) -> str:
     return f"queries-{rows.start:06d}-examples-{columns.start:09d}"
 
 
+def prints_of(data: Data) -> list[str]:
+    """A fingerprint of each example alone."""
+    return [data.slice(slice(i, i + 1)).fingerprint for i in range(len(data))]
+
+
+def unlearning_of(queries: Data, outcomes: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """How unlearning of queries went, for the record; nothing unless all of them were unlearned.
+
+    Args:
+        queries: that were asked about.
+        outcomes: facts about a query by name, by its fingerprint.
+    """
+    each = [outcomes.get(one) for one in prints_of(queries)] if outcomes else [None]
+    known = [outcome for outcome in each if outcome is not None]
+    if len(known) < len(each):
+        return {}
+    return {"unlearning": {name: [one[name] for one in known] for name in known[0]}}
+
+
 def warn_about_zeros(norms: Tensor, what: str) -> None:
     """A zero gradient has no direction: its normalised score is zero, and that is said."""
     zeros = int((norms == 0).sum())
@@ -272,8 +298,13 @@ def require_same_columns(train: Data, queries: Data) -> None:
     """Refuse queries whose tensors have another shape than the training set's.
 
     Sequences of other lengths are fine, so only the number of axes and, for more than two axes
-    or floating-point rows, their sizes are compared.
+    or floating-point rows, their sizes are compared. Images must have one shape, and either all
+    have conditions or none.
     """
+    asked = _picture(queries)
+    own = _picture(train) if "image" in asked else {}
+    if "image" in own:
+        _require_same_pictures(own, asked)
     if not (isinstance(train.columns, tuple) and isinstance(queries.columns, tuple)):
         return
     if len(train.columns) != len(queries.columns):
@@ -289,12 +320,46 @@ def require_same_columns(train: Data, queries: Data) -> None:
             )
 
 
-def require_same_state(about: dict[str, Any], task: Task, train: Data | None) -> None:
+def _picture(data: Data) -> dict[str, Any]:
+    """The images of a dataset of images, or the first of them, and their conditions."""
+    first = data.batch(slice(0, 1)) if data.columns is None else data.columns
+    if not hasattr(first, "keys"):
+        return {}
+    return {key: first[key] for key in ("image", "condition") if key in first}
+
+
+def _require_same_pictures(own: dict[str, Any], asked: dict[str, Any]) -> None:
+    for key in ("image", "condition"):
+        if (key in asked) != (key in own):
+            sides = (f"the queries have {key!r}", "the training set has none")
+            if key in own:
+                sides = (f"the training set has {key!r}", "the queries have none")
+            raise DataError(f"{' and '.join(sides)}: give it to both, or to neither")
+        theirs, mine = asked.get(key), own.get(key)
+        if not (isinstance(theirs, Tensor) and isinstance(mine, Tensor)):
+            continue
+        shape, expected = tuple(theirs.shape[1:]), tuple(mine.shape[1:])
+        if shape != expected:
+            raise DataError(
+                f"{key!r} of the queries has shape {shape}, the training set's has {expected}: "
+                "prepare both in the same way"
+            )
+
+
+def require_same_state(about: dict[str, Any], task: Task | None, train: Data | None) -> None:
     """Refuse to load a state that belongs to another model or training set."""
-    if about["model"] != task.model_hash():
+    own = NO_MODEL if task is None else task.model_hash()
+    if about["model"] != own:
+        if NO_MODEL in (about["model"], own):
+            has, remedy = (
+                ("to no model and there is a task", "pass task=None")
+                if own != NO_MODEL
+                else (f"to model {about['model']} and there is no task", "pass the task")
+            )
+            raise MismatchError(f"this state was fitted {has}: {remedy}, or fit again")
         raise MismatchError(
-            f"this state was fitted to model {about['model']} and the task's model is "
-            f"{task.model_hash()}: load the weights it was fitted to, or fit again"
+            f"this state was fitted to model {about['model']} and the task's model is {own}: load "
+            "the weights it was fitted to, or fit again"
         )
     if train is not None and about["train"] != train.fingerprint:
         raise MismatchError(

@@ -10,8 +10,10 @@ from forebear.curvature import Damping
 from forebear.data import Data
 from forebear.errors import DataError, TaskError
 from forebear.gradients import Precision
-from forebear.methods.diffusion_gradients import RIDGE, Compression, compressed, kernel
-from forebear.methods.influence import FittedInfluence, Influence
+from forebear.methods.diffusion_gradients import RIDGE, kernel
+from forebear.methods.fitted_influence import FittedInfluence
+from forebear.methods.influence import Influence
+from forebear.projections import Compression
 from forebear.task import Task
 from forebear.tasks.diffusion import Denoising, Point
 from forebear.tasks.objective import SUMMARIES
@@ -49,12 +51,11 @@ def JourneyTRAK(
         sampler: how the queries were generated.
         guidance: that they were generated with; above 1 their dataset also has a column `without`.
         function: differentiated on both sides: the `"loss"`, or one of D-TRAK's functions.
-        damping: λ; a number is relative to the mean eigenvalue. The mean of those that can differ
-            from zero when left out.
-        dimension: of a projection; None compares whole gradients.
-        projection: `"tensor_sketch"`, which acts on factors, `"gaussian"` or `"sjlt"`.
-        precision: of the products of all pairs.
-        layers: restrict the method to these layers.
+        damping: this and what follows as of `DTRAK`.
+        dimension: of a projection.
+        projection: which one.
+        precision: of products.
+        layers: that are looked at.
         seed: of the projection.
     """
     return JourneyInfluence(
@@ -62,12 +63,7 @@ def JourneyTRAK(
         sampler=sampler,
         guidance=guidance,
         gradient=function,
-        curvature=kernel(precision),
-        projection=compressed(dimension, projection),
-        damping=damping,
-        units="ranking",
-        layers=layers,
-        seed=seed,
+        **kernel(damping, dimension, projection, precision, layers, seed),
     )
 
 

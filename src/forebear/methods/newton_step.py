@@ -11,7 +11,8 @@ from forebear.capture import Capture, Gradients
 from forebear.curvature import Damping, Dense
 from forebear.data import Data, naming
 from forebear.executors import Executor
-from forebear.methods.influence import FittedInfluence, Influence
+from forebear.methods.fitted_influence import FittedInfluence
+from forebear.methods.influence import Influence
 from forebear.plan import make_plan
 from forebear.removal.estimators import corrected_residuals
 from forebear.removal.network import jacobian_batches, output_derivatives

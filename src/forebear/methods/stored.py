@@ -24,8 +24,9 @@ from forebear.data import Data
 from forebear.errors import DataError, FormatError, MismatchError, TaskError
 from forebear.methods.features import manifest_of, size_of, source_of
 from forebear.methods.fitted import Fitted
-from forebear.methods.influence import FittedInfluence, TrainingFunction
+from forebear.methods.fitted_influence import FittedInfluence
 from forebear.methods.settings import method_of
+from forebear.methods.training_function import TrainingFunction
 from forebear.progress import track
 from forebear.projections.stream import KeptStream, as_blocks
 from forebear.store import Manifest, Store

@@ -1,19 +1,16 @@
 """TRAK: a kernel of projected output gradients, weighted with residuals."""
 
-from typing import Literal
-
 from forebear.curvature import Damping, Dense, Whole
-from forebear.errors import unknown_name
 from forebear.gradients import Precision
 from forebear.methods.influence import Influence
-from forebear.projections import SJLT, Gaussian, TensorSketch
+from forebear.projections import Compression, compressed
 
 
 def TRAK(
     *,
     dimension: int | None = 2048,
     damping: float | Damping = 0.01,
-    projection: Literal["tensor_sketch", "gaussian", "sjlt"] = "tensor_sketch",
+    projection: Compression = "tensor_sketch",
     precision: Precision = "float32",
     layers: tuple[str, ...] | None = None,
     seed: int = 0,
@@ -33,15 +30,12 @@ def TRAK(
         layers: restrict the method to these layers.
         seed: of the projections.
     """
-    kinds = {"tensor_sketch": TensorSketch, "gaussian": Gaussian, "sjlt": SJLT}
-    if projection not in kinds:
-        raise unknown_name("projection of TRAK", str(projection), kinds)
     dense = Dense(kind="fisher", precision=precision)
     return Influence(
         name="trak",
         gradient="output",
         curvature=dense if dimension is not None else Whole(dense),
-        projection=None if dimension is None else kinds[projection](dimension),
+        projection=compressed(dimension, projection),
         damping=damping,
         checkpoints="mean",
         units="removal",

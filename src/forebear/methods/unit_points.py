@@ -1,13 +1,12 @@
 """Gradients whose parts, one for each level of noise and draw, have unit length."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from forebear.capture import Capture, Function, Gradients
-from forebear.data import Batch, naming
+from forebear.data import Batch
 from forebear.errors import TaskError
 from forebear.gradients import squared_norms
 from forebear.layers import Factors, vector
@@ -23,28 +22,8 @@ class UnitStream(Stream):
     have no gradient stay zero.
     """
 
-    def gradients(
-        self, function: Function, description: str
-    ) -> Iterator[tuple[slice, Tensor, Gradients]]:
-        """Positions, values `[b]` and factored gradients, batch by batch.
-
-        Raises:
-            NonFiniteError: with the ids of the examples.
-        """
-        with Capture(self.task, self.plan) as capture:
-            for rows, batch in self.batches(description):
-                with naming(self.data, rows):
-                    found = self._scaled(capture, function, batch)
-                yield rows, *found
-
-    def at(self, rows: slice, function: Function) -> tuple[Tensor, Gradients]:
-        """Values and gradients of one batch."""
-        with Capture(self.task, self.plan) as capture, naming(self.data, rows):
-            return self._scaled(capture, function, self.data.batch(rows))
-
-    def _scaled(
-        self, capture: Capture, function: Function, batch: Batch
-    ) -> tuple[Tensor, Gradients]:
+    def taken(self, capture: Capture, function: Function, batch: Batch) -> tuple[Tensor, Gradients]:
+        """Means over the parts of a function."""
         parts = getattr(function, "parts", None)
         if parts is None:
             raise TaskError(

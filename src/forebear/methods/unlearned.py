@@ -17,8 +17,8 @@ from forebear.data import Data
 from forebear.errors import NumericalWarning, TaskError
 from forebear.executors import Pieces
 from forebear.gradients import QuerySide, materialise
-from forebear.methods.fitted import Candidates, Piece, warn_about_zeros
-from forebear.methods.influence import FittedInfluence
+from forebear.methods.fitted import Candidates, Piece, prints_of, unlearning_of, warn_about_zeros
+from forebear.methods.fitted_influence import FittedInfluence
 from forebear.methods.unlearning_step import (
     BLOCK,
     PairedLosses,
@@ -30,7 +30,7 @@ from forebear.methods.unlearning_step import (
 )
 from forebear.stream import Stream
 from forebear.task import Task
-from forebear.tasks.diffusion import Denoising
+from forebear.tasks.diffusion import Denoising, DenoisingTraining
 from forebear.training.stacked import State
 
 if TYPE_CHECKING:
@@ -68,6 +68,7 @@ class FittedUnlearning(FittedInfluence):
         super().__init__(method, task, train, plan, batch_size=batch_size)
         # Shared with copies that have another executor or damping: both are facts about the model.
         self._kept: dict[str, Tensor] = {}
+        self._outcomes: dict[str, dict[str, Any]] = {}  # of each query, by its content
 
     @property
     def options(self) -> "Unlearning":
@@ -79,7 +80,7 @@ class FittedUnlearning(FittedInfluence):
         loss, targets = self.task.loss, getattr(self.options.curvature, "targets", "")
         if not isinstance(loss, Denoising) or targets != "empirical":
             return self.training[0], self.training_function()
-        visits = Visits(self.train, loss.training(), self.options.seed)
+        visits = Visits(self.train, self._training(loss), self.options.seed)
         data = visits.numbered(self.options.fisher_draws)
         return Stream(self.task, self.plan, data, self.batch_size, self.executor), visits
 
@@ -94,6 +95,12 @@ class FittedUnlearning(FittedInfluence):
     def candidates(self, queries: Data, k: int, sign: float) -> Iterator[Candidates]:
         """The `k` largest scores of every stretch, where those are worked out elsewhere."""
         return super(FittedUnlearning, self._decided(queries)).candidates(queries, k, sign)
+
+    def told(self, queries: Data) -> dict[str, Any]:
+        """In `mode="step"` how far each query was unlearned, and its losses, as `unlearning`."""
+        if self._decided(queries).options.mode == "linear":
+            return {}
+        return unlearning_of(queries, self._outcomes)
 
     def restricted(self, positions: Tensor) -> Self:
         """The same curvature, with the examples at `positions` only."""
@@ -151,7 +158,9 @@ class FittedUnlearning(FittedInfluence):
         """Directions of the queries in the weights, or the weights' changes."""
         if self.options.mode == "linear":
             return self._sides(self._solver().solve(self._query().gradients(group))), torch.ones(())
-        return self._forget(group), torch.ones(())
+        forgotten = self._forget(group)
+        self._look_back(group, forgotten)
+        return forgotten, torch.ones(())
 
     def _forget(self, group: Data) -> Forgotten:
         solver, query, steps = self._solver(), self._query(), self.options.steps
@@ -164,9 +173,40 @@ class FittedUnlearning(FittedInfluence):
         self._require_representable(changes)
         return Forgotten(changes, rates * self.examples * steps)
 
+    def _look_back(self, group: Data, forgotten: Forgotten) -> None:
+        """Keep what became of each query, and warn of those that were not forgotten."""
+        query = self._query()
+        before, after = query.losses(group), query.losses(group, forgotten.changes)
+        told = (forgotten.alphas, before, after, after > before)
+        for place, key in enumerate(prints_of(group)):
+            self._outcomes[key] = dict(
+                zip(
+                    ("alpha", "before", "after", "forgotten"),
+                    (values[place].item() for values in told),
+                    strict=True,
+                )
+            )
+        kept = (after <= before) & (forgotten.alphas.cpu() > 0)
+        if kept.any():
+            shown = ", ".join(map(str, group.ids[kept.numpy()][:5]))
+            warnings.warn(
+                f"unlearning did not raise the loss of queries {shown}: the step is too long, or "
+                "lost in rounding; choose another change= or alpha=, more query_draws=, or "
+                "mode='linear'",
+                NumericalWarning,
+                stacklevel=4,
+            )
+
     def _query(self) -> Query:
         chosen = self.options
-        return Query(self.task, self.plan, chosen.query_draws, chosen.box, chosen.seed)
+        loss = self.task.loss
+        training = self._training(loss) if isinstance(loss, Denoising) else None
+        draws, box = chosen.query_draws, chosen.box
+        return Query(self.task, self.plan, training, draws, box, chosen.seed)
+
+    def _training(self, loss: Denoising) -> DenoisingTraining:
+        """The loss at random levels of noise, as in training."""
+        return loss.training(location=self.options.location, spread=self.options.spread)
 
     def _solver(self) -> FittedKronecker:
         fit = self.curvatures[0]

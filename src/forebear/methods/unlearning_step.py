@@ -58,6 +58,8 @@ class Visits:
         rows = batch["position"].cpu()
         real = map_tensors(lambda t: t.to(batch["visit"].device), self.data.batch(rows))
         moment = moments(real["key"], self.seed, batch["visit"])
+        with naming(self.data, rows):
+            require_finite(real["image"], "image")
         values = self.loss(model, {**real, "moment": moment})
         with naming(self.data, rows):
             require_finite(values.detach(), "loss")
@@ -81,13 +83,15 @@ class Query:
     Attributes:
         task: whose queries they are.
         plan: blocks of the weights that change.
-        draws: levels and noises of a query, where the loss is a denoising one.
+        training: the denoising loss at random levels and noises, where there is noise.
+        draws: so many of these.
         box: pixels that count; all when None.
         seed: of levels and noises.
     """
 
     task: Task
     plan: Plan
+    training: DenoisingTraining | None
     draws: int
     box: Box | None
     seed: int
@@ -123,21 +127,43 @@ class Query:
             return self._summed(self._function(loss), batch, state)
         total = 0.0
         for first in range(0, self.draws, ROWS):
-            count = min(ROWS, self.draws - first)
-            visits = QUERIES + round * self.draws + first + torch.arange(count)
-            several = map_tensors(
-                lambda t, count=count: t.expand(count, *t.shape[1:]) if t.ndim else t, batch
-            )
-            moment = moments(several["key"], self.seed, visits.to(several["key"].device))
-            several = {**several, "moment": moment}
+            several = self._visited(batch, round * self.draws + first, self.draws - first)
             total = total + self._summed(self._function(loss), several, state)
         assert isinstance(total, Tensor)
         return total / self.draws
 
+    @torch.no_grad()
+    def losses(self, queries: Data, changes: Tensor | None = None) -> Tensor:
+        """Loss of each query, the mean over some of its levels and noises, `[q]`.
+
+        Args:
+            queries: some.
+            changes: `[q, P]` of the weights, other for each query.
+        """
+        start, found = weights_of(self.task, self.plan), []
+        loss = self._loss()
+        call = Call(self.task.model, self._function(loss))
+        with self.task.evaluation():
+            for i in range(len(queries)):
+                state = start if changes is None else changed(start, changes[i], self.plan)
+                batch = self._moved(queries.batch(slice(i, i + 1)))
+                if isinstance(loss, DenoisingTraining):
+                    batch = self._visited(batch, 0, self.draws)
+                found.append(call.at(state, batch).double().mean())
+        return torch.stack(found).cpu()
+
+    def _visited(self, batch: Any, first: int, left: int) -> Any:
+        """A query over and over, at numbered levels and noises, up to as many as are left."""
+        count = min(ROWS, left)
+        several = map_tensors(lambda t: t.expand(count, *t.shape[1:]) if t.ndim else t, batch)
+        visits = QUERIES + first + torch.arange(count)
+        moment = moments(several["key"], self.seed, visits.to(several["key"].device))
+        return {**several, "moment": moment}
+
     def _loss(self) -> Loss:
         """With random noise, where there is noise and no measurement of the user's own."""
-        if self.task.measure is None and isinstance(self.task.loss, Denoising):
-            return self.task.loss.training()
+        if self.task.measure is None and self.training is not None:
+            return self.training
         return self._forgotten
 
     def _forgotten(self, model: nn.Module, batch: Any) -> Tensor:

@@ -188,7 +188,7 @@ def samples(request: Request, tell: Callable[..., None]) -> None:
 
 def survey(request: Request, tell: Callable[..., None]) -> None:
     """Time plain passes at several batch sizes, and products in bfloat16 and float32."""
-    from forebear.pipeline import plain_pass_seconds
+    from forebear.record import plain_pass_seconds
 
     tell("products", **{name: product_seconds(name) for name in ("float32", "bfloat16")})
     ends = time.perf_counter() + request.seconds

@@ -21,11 +21,13 @@ TERMS: dict[str, tuple[str, ...]] = {
     "unrolled": PAIRS,
     "further_training": PAIRS,
     "leave_one_out": PAIRS,
+    "nda": PAIRS,  # self-influence compares all training images with all
 }
 """Of methods whose cost has more than `PASSES`."""
 
 SCALED = {
-    "forebear.methods.influence": "FEATURE_BYTES",  # projected gradients are kept, or made again
+    "forebear.methods.fitted_influence": "FEATURE_BYTES",  # projected gradients are kept, or not
+    "forebear.methods.unlearned": "KEPT_BYTES",  # gradients are kept, or made again
     "forebear.curvature.kronecker": "KEPT_BYTES",  # factors are kept, or a second pass is made
     "forebear.curvature.datainf": "KEPT_BYTES",  # factors are kept, or the method is refused
 }

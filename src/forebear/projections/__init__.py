@@ -2,6 +2,7 @@
 
 from forebear.projections.base import PreparedProjection, Projection
 from forebear.projections.gaussian import Gaussian
+from forebear.projections.names import Compression, compressed
 from forebear.projections.sjlt import SJLT
 from forebear.projections.stream import KeptStream, ProjectedStream, projected_plan
 from forebear.projections.tensor_sketch import TensorSketch
@@ -9,6 +10,7 @@ from forebear.projections.two_sided import TwoSided
 
 __all__ = [
     "SJLT",
+    "Compression",
     "Gaussian",
     "KeptStream",
     "PreparedProjection",
@@ -16,5 +18,6 @@ __all__ = [
     "Projection",
     "TensorSketch",
     "TwoSided",
+    "compressed",
     "projected_plan",
 ]

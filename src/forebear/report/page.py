@@ -12,7 +12,7 @@ from typing import Any
 from forebear.report import words
 from forebear.report.material import Examples, Query, Suspects, queries, suspects
 from forebear.report.thumbnails import Sprite, sprite
-from forebear.run import MethodResult, Run
+from forebear.run import IMAGES, MethodResult, Run
 
 LOW_COVERAGE = 0.95
 OPTIONAL = ("passes", "lds", "found_in_first_10_percent", "label_error_auc")
@@ -42,6 +42,10 @@ def write(folder: str | Path) -> Path:
 def render(folder: Path) -> str:
     """The page of a run as text."""
     run = Run.load(folder)
+    if run.kind == IMAGES:
+        from forebear.report.generated import render_images  # which needs what is below
+
+        return render_images(folder, run)
     examples = Examples(folder, run)
     shown = queries(folder, run, examples)
     suspicious = suspects(folder, run, examples)
@@ -69,7 +73,7 @@ def render(folder: Path) -> str:
             has={key: any(getattr(m, key) is not None for m in run.methods) for key in OPTIONAL},
             places=examples.strongest,
             low_coverage=LOW_COVERAGE,
-            created=_date(run.created),
+            created=date(run.created),
             sprite=tiles,
             long_names=examples.long_names,
             style=static("report.css"),
@@ -171,7 +175,8 @@ def _first(wanted: str | None, known: dict[str, Any]) -> str | None:
     return wanted if wanted in known else next(iter(known), None)
 
 
-def _date(created: str) -> str:
+def date(created: str) -> str:
+    """A time of a record as people write it."""
     try:
         return datetime.fromisoformat(created).strftime("%-d %B %Y, %H:%M")
     except ValueError:

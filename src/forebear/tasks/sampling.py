@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +12,7 @@ from forebear.errors import TaskError
 from forebear.tasks.diffusion import Denoising
 from forebear.tasks.noise import gaussian
 from forebear.tasks.schedules import Continuous, Discrete, Level, Schedule
+from forebear.types import require_choices
 
 START, STEPS = 3.0, 4.0
 """What of a key is drawn: keeps the noise that sampling begins with apart from that of its steps"""
@@ -65,16 +66,24 @@ class Sampler:
         randomness: η of DDIM: 0 is deterministic, 1 as random as DDPM. Discrete schedules only.
         clip: keep the clean image within -1 and 1 at every step.
         most: noise scale to begin with, for `Continuous` schedules; the schedule's when left out.
+        spacing: of the timesteps of `Discrete` schedules, with the names of diffusers:
+            `"linspace"` has both ends in it, `"leading"` the first, `"trailing"` the last.
+        offset: added to `"leading"` timesteps.
+        to_first: the last step ends at the noise of timestep 0, not at the clean image.
     """
 
     steps: int = 50
     randomness: float = 0.0
     clip: bool = False
     most: float | None = None
+    spacing: Literal["linspace", "leading", "trailing"] = "linspace"
+    offset: int = 0
+    to_first: bool = False
 
     def __post_init__(self) -> None:
         if self.steps < 1:
             raise TaskError(f"steps is {self.steps}: it must be at least 1")
+        require_choices(self)
 
     def start(self, loss: Denoising, keys: Tensor, shape: tuple[int, ...]) -> Tensor:
         """The noise `[b, *shape]` that sampling begins with, which belongs to the keys."""
@@ -114,10 +123,9 @@ class Sampler:
         if not isinstance(schedule, Discrete):
             raise TaskError("images are inverted along the timesteps of a Discrete schedule")
         levels = self.timesteps(schedule)[::-1]
-        state, here = images, 0.0
+        state, here = images, None
         for there in levels:
-            # The network is asked at the level it comes from; at the image itself, at the first.
-            state = self._moved(guided, state, here, there, schedule, at=here or levels[0])
+            state = self._moved(guided, state, here, there, schedule)
             here = there
             yield there, state
 
@@ -131,16 +139,27 @@ class Sampler:
         """The timesteps that sampling visits, falling."""
         if self.steps > len(schedule):
             raise TaskError(f"{self.steps} steps and the schedule has {len(schedule)}")
-        last = len(schedule) - 1
-        if self.steps == 1:
-            return [float(last)]
-        return [float(round(last * i / (self.steps - 1))) for i in reversed(range(self.steps))]
+        size, steps = len(schedule), range(self.steps)
+        if self.spacing == "leading":
+            found = [size // self.steps * i + self.offset for i in reversed(steps)]
+            if found[0] >= size:
+                raise TaskError(
+                    f"offset={self.offset} leads to timestep {found[0]} of {size}: use fewer steps"
+                )
+        elif self.spacing == "trailing":
+            found = [round(size - i * size / self.steps) - 1 for i in steps]
+        elif self.steps == 1:
+            found = [size - 1]
+        else:
+            found = [round((size - 1) * i / (self.steps - 1)) for i in reversed(steps)]
+        return [float(level) for level in found]
 
     def _ddim(
         self, guided: Guided, state: Tensor, schedule: Discrete, keys: Tensor | None
     ) -> Iterator[tuple[Level, Tensor]]:
         levels = self.timesteps(schedule)
-        for here, there in zip(levels, [*levels[1:], None], strict=True):
+        last = 0.0 if self.to_first else None
+        for here, there in zip(levels, [*levels[1:], last], strict=True):
             clean = self._clean(guided, state, here)
             if there is None:
                 yield 0.0, clean
@@ -159,14 +178,13 @@ class Sampler:
         self,
         guided: Guided,
         state: Tensor,
-        here: Level,
+        here: Level | None,
         there: Level,
         schedule: Discrete,
-        *,
-        at: Level,
     ) -> Tensor:
-        """One deterministic step from a level to a noisier one."""
-        signal, noise = schedule.at(here) if here else (1.0, 0.0)
+        """One deterministic step from a level, or from the image itself, to a noisier one."""
+        signal, noise = (1.0, 0.0) if here is None else schedule.at(here)
+        at = there if here is None else here  # networks are not asked about images without noise
         asked, around = schedule.at(at)
         clean = self._clean(guided, state, at)
         said = (state - asked * clean) / around  # the noise that the network sees

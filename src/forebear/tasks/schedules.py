@@ -51,6 +51,8 @@ class Discrete:
                 "a noise schedule's cumulative signal must fall from at most 1 to at least 0: pass "
                 "alphas_cumprod, not betas"
             )
+        # Made here: inside a transform of torch.func it would belong to that transform for ever.
+        _ = self.tensor
 
     @classmethod
     def linear(cls, steps: int = 1000, first: float = 1e-4, last: float = 0.02) -> "Discrete":

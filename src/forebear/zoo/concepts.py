@@ -5,22 +5,18 @@ bar at the top, in the middle or at the bottom of the right edge. No training pi
 ring and a bar at the top, so a ranking by whole images cannot find teachers of both at once.
 """
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from forebear.curvature import Dense, NonzeroRelative, Whole
 from forebear.data import Data
 from forebear.errors import DataError
-from forebear.methods.concept_trak import ConceptTRAK, concepts
-from forebear.methods.influence import Influence
+from forebear.methods.concept_trak import concepts
 from forebear.metrics import precision_at
-from forebear.projections import SJLT
-from forebear.task import Task
 from forebear.tasks.diffusion import Denoising, images
 from forebear.tasks.sampling import Sampler
 from forebear.tasks.schedules import Discrete
@@ -37,16 +33,14 @@ SIDE = 10
 NOISE = 0.05
 """Standard deviation of what is added to every pixel."""
 
-PATTERNS = np.array(
-    [
-        [".###.", "#...#", "#...#", "#...#", ".###."],
-        ["..#..", "..#..", "#####", "..#..", "..#.."],
-        ["#...#", ".#.#.", "..#..", ".#.#.", "#...#"],
-    ]
-)
-LEVELS = tuple(range(100, 1000, 100))
+PATTERNS = {
+    0: [".###.", "#...#", "#...#", "#...#", ".###."],
+    1: ["..#..", "..#..", "#####", "..#..", "..#.."],
+    2: ["#...#", ".#.#.", "..#..", ".#.#.", "#...#"],
+}
+"""Rows of each shape."""
 
-KERNEL = Whole(Dense(kind="fisher"))
+LEVELS = tuple(range(100, 1000, 100))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,7 +78,7 @@ def load(*, train: int = 1000, each: int = 6, pairs: int = 5, seed: int = 0) -> 
     Raises:
         DataError: there is nothing to draw, or there are fewer pairs.
     """
-    seen = [pair for pair in product(range(3), range(3)) if pair != WITHHELD]
+    seen = seen_pairs()
     if train < 1 or each < 1 or not 0 <= pairs <= len(seen):
         raise DataError(
             f"{train} training pictures and {each} queries of {pairs} pairs were asked for: there "
@@ -107,34 +101,53 @@ def load(*, train: int = 1000, each: int = 6, pairs: int = 5, seed: int = 0) -> 
     )
 
 
-def draw(labels: np.ndarray, random: np.random.RandomState) -> np.ndarray:
+def seen_pairs() -> list[tuple[int, int]]:
+    """Shape and bar of each pair that training shows."""
+    return [pair for pair in product(range(3), range(3)) if pair != WITHHELD]
+
+
+def draw(
+    labels: np.ndarray,
+    random: np.random.RandomState,
+    patterns: Mapping[int, Sequence[str]] = PATTERNS,
+) -> np.ndarray:
     """Pictures `[n, 10, 10]` of shapes and bars `[n, 2]`, from -1 to 1 and a little beyond."""
     pixels = np.full((len(labels), SIDE, SIDE), -1.0)
     for picture, (shape, bar) in zip(pixels, labels, strict=True):
         down, across = random.randint(SIDE - 4), random.randint(3)
-        bright = np.array([[mark == "#" for mark in row] for row in PATTERNS[shape]])
+        bright = np.array([[mark == "#" for mark in row] for row in patterns[shape]])
         picture[down : down + 5, across : across + 5][bright] = 1.0
         top = (SIDE - 3) * bar // 2
         picture[top : top + 3, 8:] = 1.0
     return pixels + NOISE * random.standard_normal(pixels.shape)
 
 
-def condition(labels: Tensor) -> Tensor:
-    """What the network is told of shapes and bars `[n, 2]`: `[n, 6]`."""
-    return torch.nn.functional.one_hot(labels, 3).flatten(1).float()
+def condition(labels: Tensor, shapes: int = len(SHAPES)) -> Tensor:
+    """What a network that knows so many shapes is told of shapes and bars `[n, 2]`: `[n, 6]`."""
+    told = zip(labels.T, (shapes, len(BARS)), strict=True)
+    return torch.cat([torch.nn.functional.one_hot(label, n) for label, n in told], 1).float()
 
 
 def without(labels: Tensor, concept: int) -> Tensor:
-    """Conditions `[n, 6]` that say nothing of the shape (0) or of the bar (1)."""
-    told = condition(labels).view(-1, 2, 3)
-    told[:, concept] = 0.0
-    return told.flatten(1)
+    """Conditions `[n, 6]` with equal parts of the other shapes (0) or bars (1) in place of its own.
+
+    The network was never told less than one of each, so that a concept is better asked about
+    against its like than against nothing.
+    """
+    said = condition(labels).view(-1, 2, 3)
+    said[:, concept] = (1 - said[:, concept]) / 2
+    return said.flatten(1)
 
 
-def asked(data: Concepts, concept: int) -> dict[str, Tensor]:
-    """Queries about the shape (0) or the bar (1) of each query picture."""
-    batch = data.queries.batch(slice(None))
-    return concepts(batch["condition"], without(data.query_labels, concept), keys=batch["key"])
+def asked(labels: Tensor, concept: int, *, keys: Tensor | None = None) -> dict[str, Tensor]:
+    """Queries about the shape (0) or the bar (1) of pairs `[q, 2]`.
+
+    Args:
+        labels: the pairs.
+        concept: what is asked about.
+        keys: of the noise that images were drawn from, for `scope="local"`.
+    """
+    return concepts(condition(labels), without(labels, concept), keys=keys)
 
 
 def build() -> nn.Module:
@@ -165,57 +178,7 @@ def sampler() -> Sampler:
     return Sampler(steps=50, clip=True)
 
 
-TRAININGS: dict[str, dict[str, Any]] = {
-    "posterior, inverted": {"inversion": True},
-    "posterior": {},
-    "posterior, inverted, unit": {"inversion": True, "normalise": True},
-    "posterior, unit": {"normalise": True},
-    "loss": {"training": "loss"},
-    "square_norm": {"training": "square_norm"},
-    "absolute": {"training": "absolute"},
-}
-"""Options of `ConceptTRAK` that `compare` compares."""
-
-
-def compare(*, seed: int = 0, draws: int = 90, epochs: int = 750) -> dict[str, tuple[float, float]]:
-    """Precision at 10 of teachers of a concept, averaged over both concepts.
-
-    Rankings by whole images have one order for both, those by concepts one for each.
-
-    Args:
-        seed: of the network.
-        draws: noisy images of a concept.
-        epochs: of training.
-
-    Returns:
-        For each ranking the precision for pairs that training shows, and for the withheld one.
-    """
-    data = load(pairs=8)
-    task = Task(recipe(epochs=epochs).train(data.train, seed=seed), loss())
-    shown = [batch["image"].flatten(1) for batch in map(_all, (data.queries, data.train))]
-    whole = Influence(curvature=KERNEL, projection=SJLT(), damping=NonzeroRelative(10.0))
-    by_image = whole.fit(task, data.train).score(data.queries).values
-    found = {
-        "whole image, pixels": _both(data, [-torch.cdist(*shown)] * 2),
-        "whole image, loss": _both(data, [by_image] * 2),
-    }
-    for name, options in TRAININGS.items():
-        fitted = ConceptTRAK(draws=draws, **options).fit(task, data.train)
-        each = [fitted.score(asked(data, concept)).values for concept in (0, 1)]
-        found[f"concept, {name}"] = _both(data, each)
-    return found
-
-
-def precision(data: Concepts, scores: Tensor, concept: int, k: int = 10) -> Tensor:
+def precision(data: Concepts, scores: Tensor, concept: int, k: int = 10) -> np.ndarray:
     """Share of the `k` highest scores `[q, n]` whose picture has the query's concept, `[q]`."""
     right = data.labels[None, :, concept] == data.query_labels[:, concept, None]
-    return torch.from_numpy(precision_at(scores.numpy(), right.numpy(), k))
-
-
-def _both(data: Concepts, scores: list[Tensor]) -> tuple[float, float]:
-    each = torch.stack([precision(data, scores[concept], concept) for concept in (0, 1)]).mean(0)
-    return each[~data.withheld].mean().item(), each[data.withheld].mean().item()
-
-
-def _all(data: Data) -> Any:
-    return data.batch(slice(None))
+    return precision_at(scores, right, k)

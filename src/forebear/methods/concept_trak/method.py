@@ -22,13 +22,21 @@ from forebear.stream import Stream
 from forebear.task import Task
 from forebear.tasks.diffusion import Denoising
 from forebear.tasks.sampling import Sampler
-from forebear.tasks.schedules import Level
+from forebear.tasks.schedules import Discrete, Level
 
 Training = Literal["posterior", "loss", "square_norm", "absolute"]
-Scope = Literal["global", "local", "image"]
+Scope = Literal["global", "local", "image", "whole"]
 
 PATH = Sampler(steps=50, randomness=0.1)
 RIDGE = NonzeroRelative(10.0)
+
+WANTED: dict[str, tuple[str, ...]] = {
+    "global": ("condition", "without", "key"),
+    "local": ("condition", "without", "key"),
+    "image": ("condition", "without", "key", "image"),
+    "whole": ("image", "condition", "key"),
+}
+"""What queries of each scope have."""
 
 
 def concepts(
@@ -75,7 +83,7 @@ def ConceptTRAK(
     strength: float = 7.5,
     sampler: Sampler = PATH,
     levels: int | tuple[Level, ...] | None = None,
-    inversion: bool = False,
+    inversion: bool | None = None,
     normalise: bool | None = None,
     dimension: int | None = 2048,
     damping: float | Damping = RIDGE,
@@ -93,13 +101,16 @@ def ConceptTRAK(
             or functions of the noise that the model sees: its `"square_norm"` (D-TRAK) or mean
             `"absolute"` value.
         scope: `"global"`: the concept in all that the model makes under the condition; `"local"`:
-            in the image made from the noise of the query's key; `"image"`: in the query's image.
+            in the image made from the noise of the query's key; `"image"`: in the query's image;
+            `"whole"`: no concept but all of the query's image, to compare with: queries are
+            images, and steered like training images.
         draws: noisy images that a concept's gradient is averaged over.
         strength: of the concept slider; scales all scores of a query.
         sampler: the model's way to images that those draws are taken from.
         levels: of noise in training images; those of the task's loss when None.
         inversion: noisy training images come from their own way back to noise, not from fresh
-            noise; for `training="posterior"`.
+            noise; when None, where that can be: with `training="posterior"`, a `Discrete` schedule
+            and no `levels`.
         normalise: scale the gradient of every noisy image to unit length before averaging; when
             None, where conditions are sequences of embeddings `[n, tokens, d]`, as of text.
         dimension: of the projection; None compares whole gradients.
@@ -137,7 +148,7 @@ class ConceptInfluence(Influence):
         strength: of the concept slider.
         sampler: the model's way to images.
         levels: of noise in training images.
-        inversion: noisy training images from their own way back to noise.
+        inversion: noisy training images from their own way back to noise; None where that can be.
         unit: gradients of noisy images of unit length; None decides by the conditions.
     """
 
@@ -147,7 +158,7 @@ class ConceptInfluence(Influence):
     strength: float = 7.5
     sampler: Sampler = field(default=PATH)
     levels: int | tuple[Level, ...] | None = None
-    inversion: bool = False
+    inversion: bool | None = None
     unit: bool | None = None
 
     def __post_init__(self) -> None:
@@ -160,6 +171,11 @@ class ConceptInfluence(Influence):
             raise TaskError(
                 "inversion=True takes noisy images from the way back to noise, at levels of its "
                 "own and without a target: use training='posterior' and leave out levels="
+            )
+        if self.scope == "whole" and self.training != "posterior":
+            raise TaskError(
+                f"training is {self.training!r} and scope 'whole', which steers queries like "
+                "training images: use training='posterior', or dtrak for whole images"
             )
 
     def fit(
@@ -239,8 +255,7 @@ class FittedConceptInfluence(FittedInfluence):
         told = one["condition"]
         texts = told.ndim == 3 and told.is_floating_point()
         self.unit = texts if method.unit is None else method.unit
-        inversion = method.sampler if method.inversion else None
-        self.posterior = Posterior(self.objective, inversion)
+        self.posterior = Posterior(self.objective, method.sampler if self.inverted else None)
         self.slider = Slider(
             objective=self.objective,
             sampler=method.sampler,
@@ -251,6 +266,16 @@ class FittedConceptInfluence(FittedInfluence):
             shape=tuple(one["image"].shape[1:]),
             dtype=one["image"].dtype,
         )
+
+    @property
+    def inverted(self) -> bool:
+        """Whether noisy training images come from their own way back to noise."""
+        method = self.method
+        assert isinstance(method, ConceptInfluence)
+        if method.inversion is not None:
+            return method.inversion
+        free = method.training == "posterior" and method.levels is None
+        return free and isinstance(self.objective.schedule, Discrete)
 
     def stream(
         self, i: int, data: Data, executor: Executor | None = None
@@ -264,21 +289,19 @@ class FittedConceptInfluence(FittedInfluence):
         return self._projected(i, kind(self.task, self.plan, data, self.batch_size, executor))
 
     def details(self) -> dict[str, Any]:
-        """Also whether gradients were scaled to unit length."""
-        return {**super().details(), "normalised": self.unit}
+        """Also whether gradients were scaled to unit length, and images inverted."""
+        return {**super().details(), "normalised": self.unit, "inverted": self.inverted}
 
     def _queries(self, queries: Any, ids: Any) -> Data:
         data = super()._queries(queries, ids)
         one = data.batch(slice(0, 1))
-        wanted = ["condition", "without", "key"]
-        if self.slider.scope == "image":
-            wanted.append("image")
+        wanted = list(WANTED[self.slider.scope])
         missing = [name for name in wanted if not hasattr(one, "keys") or name not in one]
         if missing:
-            raise DataError(
-                f"queries lack {', '.join(missing)}: make them with "
-                "forebear.methods.concept_trak.concepts(condition, without, keys=, image=)"
-            )
+            maker = "forebear.methods.concept_trak.concepts(condition, without, keys=, image=)"
+            if self.slider.scope == "whole":
+                maker = "forebear.tasks.diffusion.images(pixels, condition)"
+            raise DataError(f"queries lack {', '.join(missing)}: make them with {maker}")
         return data
 
     def _groups(self, queries: Data) -> Iterator[slice]:
@@ -290,7 +313,8 @@ class FittedConceptInfluence(FittedInfluence):
     def _prepare(self, i: int, group: Data) -> tuple[Any, Tensor]:
         """Gradients of concepts, as the curvature wants them."""
         with self.task.at(self.query_moments[i]):
-            stream = self._projected(i, self._steered(group, self.slider, None))
+            reward = self.posterior if self.slider.scope == "whole" else self.slider
+            stream = self._projected(i, self._steered(group, reward, None))
             parts = [g for _, _, g in stream.gradients(self.query_function, "concepts")]
         return self.curvatures[i].prepare(joined(parts)), torch.ones(())
 

@@ -2,27 +2,26 @@
 
 import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property, partial
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from forebear.data import Data, map_tensors, naming, require_finite
-from forebear.errors import DataError, NumericalWarning
-from forebear.executors import Executor
-from forebear.methods.fitted import Fitted, Piece, require_same_columns
+from forebear.errors import NumericalWarning
+from forebear.executors import Executor, Pieces, results
+from forebear.methods.fitted import Fitted, Piece, block_name, prints_of, unlearning_of
 from forebear.methods.mucs.forgetting import Forgotten, Mirrored, Visits, forget, weights_of
 from forebear.methods.mucs.scales import Scales, seen
-from forebear.progress import track
+from forebear.stream import Result, stretches
 from forebear.task import Task
 from forebear.tasks.diffusion import Denoising
 from forebear.tasks.noise import gaussian
 from forebear.training.recipe import Recipe, seeded
 from forebear.training.stacked import Call, State
-from forebear.types import Scores, TopK
 
 if TYPE_CHECKING:
     from forebear.methods.mucs.method import MUCS
@@ -41,6 +40,11 @@ NULL_BATCHES = 200
 
 TOGETHER = 16
 """Queries unlearned together."""
+
+Wanted = Literal["scores", "own", "nothing"]
+
+OUTCOME = ("steps", "converged", "forgotten", "retained")
+"""What is told of a query."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,7 +95,7 @@ class FittedMUCS(Fitted):
         self.method: MUCS = method
         self.names = names
         self.retained = train  # what is gone on with, also where only some examples are faced
-        self._outcomes: dict[str, Unlearned] = {}
+        self._outcomes: dict[str, dict[str, Any]] = {}  # of each query, by its content
 
     @cached_property
     def scales(self) -> Scales:
@@ -111,41 +115,32 @@ class FittedMUCS(Fitted):
         """The bound, the deviation, and what unlearning changes."""
         return {"bound": self.null, "data_deviation": self.deviation, "changed": list(self.names)}
 
-    def score(self, queries: Any, *, ids: Any = None) -> Scores:
-        """As of every method; the record has steps and losses of every query as `unlearning`."""
-        scores = super().score(queries, ids=ids)
-        return replace(scores, provenance=self._recorded(scores.provenance))
-
-    def top(self, queries: Any, k: int = 10, *, opponents: bool = False, ids: Any = None) -> TopK:
-        """As of every method; the record has steps and losses of every query as `unlearning`."""
-        found = super().top(queries, k, opponents=opponents, ids=ids)
-        return replace(found, provenance=self._recorded(found.provenance))
+    def told(self, queries: Data) -> dict[str, Any]:
+        """Steps and losses of every query, as `unlearning`."""
+        return unlearning_of(queries, self._outcomes)
 
     def unlearn(self, queries: Any, *, ids: Any = None) -> Unlearned:
         """Unlearn queries, and say how it went, without looking at the training images."""
         data = self._queries(queries, ids)
-        return self._outcome(data, [run for _, run in self._runs(data)])
+        found = [result for _, result in self._results(data, "nothing")]
+        told = {name: torch.cat([result[name] for result in found]) for name in OUTCOME}
+        return Unlearned(query_ids=data.ids, **told)
 
     def pieces(self, queries: Data) -> Iterator[Piece]:
-        """Scores of queries that were unlearned together, a batch of training images at a time."""
-        runs = []
-        for rows, run in self._runs(queries):
-            after = [self.losses(one, AFTER) for one in _each(run)]
-            yield rows, slice(0, len(self.train)), torch.stack([*map(self._skew, after)])
-            runs.append(run)
-        self._outcomes[queries.fingerprint] = self._outcome(queries, runs)
+        """Scores of queries that were unlearned together."""
+        yield from self.blocks(queries)
+
+    def blocks(self, queries: Data, kept: Pieces | None = None) -> Iterator[Piece]:
+        """The same, from wherever they are worked out; what is kept is not unlearned again."""
+        for rows, result in self._results(queries, "scores", kept):
+            yield rows, slice(0, len(self.train)), result["scores"]
 
     def self_influence(self) -> Tensor:
         """Score of each training image for itself, `[n]`: what unlearning it does to its loss.
 
         Every training image is unlearned, which takes as long as so many queries.
         """
-        own = []
-        for rows, run in self._runs(self._queries(self.train, None)):
-            for place, state in zip(range(rows.start, rows.stop), _each(run), strict=True):
-                part = self.restricted(torch.tensor([place]))
-                own.append(part._skew(part.losses(state, AFTER)))
-        return torch.cat(own)
+        return torch.cat([result["scores"] for _, result in self._results(self.train, "own")])
 
     def tensors(self) -> dict[str, Tensor]:
         """The losses, and what they were computed with."""
@@ -160,21 +155,39 @@ class FittedMUCS(Fitted):
         part.before = self.before[positions]
         return part
 
+    def skew(self, changed: State) -> Tensor:
+        """Scores `[n]` of a query that was unlearned into these weights."""
+        rows = stretches(len(self.train))
+        after = torch.cat([self.losses(changed, AFTER, each) for each in rows])
+        rise = after - self.before
+        if self.method.ratio:
+            rise = rise / (after + self.before + SMALL)
+        return rise.mean(1)
+
+    def find_losses(self) -> None:
+        """Losses of the training images as they are, from wherever they are worked out."""
+        rows = tuple(stretches(len(self.train)))
+        names = [f"examples-{each.start:09d}" for each in rows]
+        work = Before(self.on(None), rows)
+        found = results(work, names, f"{self.method.name}, losses", executor=self.executor)
+        self.before = torch.cat([result["losses"] for result in found])
+
     @torch.no_grad()
-    def losses(self, changed: State, moment: float) -> Tensor:
-        """Losses `[n, levels]` of the training images where some weights are others.
+    def losses(self, changed: State, moment: float, rows: slice) -> Tensor:
+        """Losses `[b, levels]` of a stretch of training images where some weights are others.
 
         Args:
             changed: weights by name.
             moment: whose fresh noise it is, where noise is not consistent.
+            rows: the stretch.
         """
-        found = []
+        found, part = [], self.train.slice(rows)
         call = Call(self.task.model, lambda model, visit: self.scales.losses(model, *visit))
         with self.task.evaluation():
-            for rows, batch in self.train.batches(self.batch_size):
+            for some, batch in part.batches(self.batch_size):
                 batch = map_tensors(lambda t: t.to(self.task.device), batch)
                 losses = torch.stack([*self._at_levels(call, changed, batch, moment)], 1)
-                with naming(self.train, rows):
+                with naming(part, some):
                     require_finite(losses, "loss of training images")
                 found.append(losses.cpu())
         return torch.cat(found)
@@ -211,42 +224,46 @@ class FittedMUCS(Fitted):
             levels = self.scales.levels(image.new_full((len(image),), scale))
             yield call.at(changed, (seen(batch), levels, draw(which, number)))
 
-    def _skew(self, after: Tensor) -> Tensor:
-        """Scores `[n]` from losses `[n, levels]`."""
-        rise = after - self.before
-        if self.method.ratio:
-            rise = rise / (after + self.before + SMALL)
-        return rise.mean(1)
-
     def _visits(self) -> Visits:
         return Visits(
             self.method.unlearning, self.scales, self.retained, self.order, self.task.device
         )
 
-    def _runs(self, queries: Data) -> Iterator[tuple[slice, Forgotten]]:
-        """Queries unlearned together, so many at a time."""
-        mirrored = Mirrored(self.method.unlearning, self.scales, self.task.model, self.null)
-        visits = self._visits()
-        start = weights_of(self.task.model, self.names)
-        for first in track(range(0, len(queries), TOGETHER), "mucs, queries"):
-            rows = slice(first, min(first + TOGETHER, len(queries)))
-            batch = map_tensors(lambda t: t.to(self.task.device), seen(queries.batch(rows)))
-            with self.task.evaluation(), naming(queries, rows):
-                run = forget(mirrored, visits, start, batch, null=self.null)
-            self._warn(run, queries.ids[rows])
-            yield rows, run
+    def _results(
+        self, queries: Data, wanted: Wanted, kept: Pieces | None = None
+    ) -> Iterator[tuple[slice, Result]]:
+        """Positions and result of every group of queries, from wherever it is worked out."""
+        size = len(queries)
+        groups = [slice(i, min(i + TOGETHER, size)) for i in range(0, size, TOGETHER)]
+        names = [block_name(rows, slice(0, len(self.train))) for rows in groups]
+        work = Groups(self.on(None), queries, tuple(groups), wanted)
+        description = f"{self.method.name}, queries"
+        found = results(work, names, description, pieces=kept, executor=self.executor)
+        for rows, result in zip(groups, found, strict=True):
+            self._warn(result, queries.ids[rows])
+            for place, key in enumerate(prints_of(queries.slice(rows))):
+                self._outcomes[key] = {name: result[name][place].item() for name in OUTCOME}
+            yield rows, result
 
-    def _warn(self, run: Forgotten, ids: np.ndarray) -> None:
-        method = self.method
-        if not run.converged.all():
+    def forgotten(self, queries: Data, rows: slice) -> Forgotten:
+        """Queries unlearned together."""
+        mirrored = Mirrored(self.method.unlearning, self.scales, self.task.model, self.null)
+        start = weights_of(self.task.model, self.names)
+        batch = map_tensors(lambda t: t.to(self.task.device), seen(queries.batch(rows)))
+        with self.task.evaluation(), naming(queries, rows):
+            return forget(mirrored, self._visits(), start, batch, null=self.null)
+
+    def _warn(self, found: Result, ids: np.ndarray) -> None:
+        method, converged = self.method, found["converged"]
+        if not converged.all():
             warnings.warn(
-                f"queries {_shown(ids, ~run.converged)} were not forgotten in {method.max_steps} "
+                f"queries {_shown(ids, ~converged)} were not forgotten in {method.max_steps} "
                 f"steps: their loss is below {method.stop:g} of that of a network that knows "
                 "nothing; raise learning_rate or max_steps",
                 NumericalWarning,
                 stacklevel=4,
             )
-        short = run.converged & (run.steps < FEW_STEPS)
+        short = converged & (found["steps"] < FEW_STEPS)
         if short.any():
             warnings.warn(
                 f"queries {_shown(ids, short)} were forgotten in fewer than {FEW_STEPS} steps, "
@@ -255,35 +272,48 @@ class FittedMUCS(Fitted):
                 stacklevel=4,
             )
 
-    def _outcome(self, queries: Data, runs: list[Forgotten]) -> Unlearned:
-        parts = ("steps", "converged", "forgotten", "retained")
-        found = {name: torch.cat([getattr(run, name) for run in runs]) for name in parts}
-        return Unlearned(query_ids=queries.ids, **found)
 
-    def _recorded(self, provenance: Any) -> Any:
-        told = self._outcomes[provenance.queries]
-        unlearning = {
-            "steps": told.steps.tolist(),
-            "converged": told.converged.tolist(),
-            "forgotten": told.forgotten.tolist(),
-            "retained": told.retained.tolist(),
-        }
-        return replace(provenance, settings={**provenance.settings, "unlearning": unlearning})
+@dataclass(frozen=True)
+class Groups:
+    """Groups of queries unlearned together, by number; goes to other processes.
 
-    def _queries(self, queries: Any, ids: Any) -> Data:
-        data = Data.of(queries, ids=ids, collate=self.task.collate)
-        require_same_columns(self.train, data)
-        first, own = _first(data), _first(self.retained)
-        for key in ("image", "condition"):
-            if (key in first) != (key in own):
-                has, lacks = ("queries", "training set")[:: 1 if key in first else -1]
-                raise DataError(f"the {has} have {key!r} and the {lacks} has none: give both one")
-            if key in own and first[key].shape[1:] != own[key].shape[1:]:
-                raise DataError(
-                    f"{key!r} of the queries has shape {tuple(first[key].shape[1:])}, the training "
-                    f"set's has {tuple(own[key].shape[1:])}: prepare both in the same way"
-                )
-        return data
+    Attributes:
+        fitted: the method.
+        queries: all of them.
+        rows: positions of each group.
+        wanted: scores of all pairs, of training images for themselves, or none.
+    """
+
+    fitted: FittedMUCS
+    queries: Data
+    rows: tuple[slice, ...]
+    wanted: Wanted
+
+    def __call__(self, number: int) -> Result:
+        """What `Unlearned` has, and `"scores"` `[q, n]` or `[q]`."""
+        rows = self.rows[number]
+        run = self.fitted.forgotten(self.queries, rows)
+        found = {name: getattr(run, name) for name in OUTCOME}
+        if self.wanted == "scores":
+            found["scores"] = torch.stack([self.fitted.skew(state) for state in _each(run)])
+        elif self.wanted == "own":
+            places = zip(range(rows.start, rows.stop), _each(run), strict=True)
+            found["scores"] = torch.cat(
+                [self.fitted.restricted(torch.tensor([i])).skew(state) for i, state in places]
+            )
+        return found
+
+
+@dataclass(frozen=True)
+class Before:
+    """Losses of the training images as they are, by stretch; goes to other processes."""
+
+    fitted: FittedMUCS
+    rows: tuple[slice, ...]
+
+    def __call__(self, number: int) -> Result:
+        """`"losses"` `[b, levels]`."""
+        return {"losses": self.fitted.losses({}, BEFORE, self.rows[number])}
 
 
 def _each(run: Forgotten) -> Iterator[State]:
@@ -291,11 +321,6 @@ def _each(run: Forgotten) -> Iterator[State]:
     for member in range(len(run.steps)):
         # A copy of its own: where a tensor begins in memory may change the last bits of products.
         yield {name: value[member].clone() for name, value in run.state.items()}
-
-
-def _first(data: Data) -> dict[str, Tensor]:
-    batch = data.batch(slice(0, 1))
-    return seen(batch) if hasattr(batch, "keys") else {}
 
 
 def _shown(ids: np.ndarray, which: Tensor) -> str:

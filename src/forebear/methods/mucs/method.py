@@ -9,7 +9,7 @@ from torch import Tensor
 from forebear.data import Data, naming, require_finite
 from forebear.errors import DataError, TaskError
 from forebear.executors import Executor
-from forebear.methods.mucs.fitted import BEFORE, FittedMUCS
+from forebear.methods.mucs.fitted import FittedMUCS
 from forebear.methods.mucs.forgetting import Unlearning
 from forebear.sharding import require_whole
 from forebear.stream import BATCH
@@ -124,7 +124,7 @@ class MUCS:
     ) -> FittedMUCS:
         """Losses of all training images at all levels: so many forward passes.
 
-        `executor` plays no part: queries are unlearned together, in this process.
+        `executor` works on these losses, and later on queries, so many together.
 
         Raises:
             TaskError: the task is no diffusion model, or the layers are none or all.
@@ -139,7 +139,7 @@ class MUCS:
         fitted.null = fitted.untrained_loss(moments[1].item())
         if not 0 < fitted.null < float("inf"):
             raise TaskError(f"null is {fitted.null}: the bound of the loss must be above 0")
-        fitted.before = fitted.losses({}, BEFORE)
+        fitted.find_losses()
         return fitted
 
     def restore(self, task: Task, train: Data, tensors: dict[str, Tensor]) -> FittedMUCS:

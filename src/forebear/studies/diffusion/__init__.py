@@ -11,14 +11,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from forebear.errors import ForebearError, ForebearWarning
 from forebear.progress import track
-from forebear.studies.base import Pieces, StudyResult, fingerprint
-from forebear.studies.diffusion import concepts
+from forebear.studies.base import StudyResult, fingerprint
+from forebear.studies.diffusion import concepts, customised
 from forebear.studies.diffusion.entrants import (
     ENTRANTS,
     FIXED,
@@ -35,12 +34,9 @@ from forebear.studies.diffusion.likeness import datamodel
 from forebear.studies.diffusion.models import Trained, train
 from forebear.studies.diffusion.removal import Removals, measures, remove
 from forebear.studies.diffusion.subjects import subject_of
-from forebear.studies.diffusion.tables import tables
+from forebear.studies.diffusion.tables import spent, tables
+from forebear.studies.diffusion.timing import SCORING, TRUTH, TimedPieces
 from forebear.studies.figure import require_figures
-from forebear.types import read_json, write_json
-
-REMOVED = ("pixels", "embedding", "nda", "gradcos", "trak", "das", "abu", "mucs")
-"""Entrants whose strongest examples are removed."""
 
 SUMMARY = (
     "{m} halves of {n} training images were drawn, and a network was trained on each with {seeds} "
@@ -64,6 +60,8 @@ class Measured:
         passes: the same over one plain pass, forward and backward, over the training images.
         skipped: why an entrant did not take part.
         warned: what an entrant warned of.
+        unlearned: how unlearning of each query went, by entrant: steps, whether the bound was
+            reached, and losses.
         removals: of the strongest examples, by how images were compared.
     """
 
@@ -76,6 +74,7 @@ class Measured:
     passes: Mapping[str, float]
     skipped: Mapping[str, str]
     warned: Mapping[str, tuple[str, ...]]
+    unlearned: Mapping[str, Mapping[str, list[Any]]]
     removals: Mapping[str, Removals]
 
     def fixed(self, key: str, group: str) -> Judgement:
@@ -100,7 +99,7 @@ def run(
 
     Args:
         out: folder to write; what it holds of the same work is not done again.
-        task: `digits-eps`, `digits-edm`, `concepts` or `fashion`.
+        task: `digits-eps`, `digits-edm`, `concepts`, `customised` or `fashion`.
         quick: fewer images, queries and steps; the numbers say nothing.
         seed: of the model.
         threads: to compute with.
@@ -114,10 +113,15 @@ def run(
         torch.set_num_threads(threads)
     if task == "concepts":
         return concepts.run(out, quick=quick, seed=seed)
+    if task == "customised":
+        return customised.run(out, quick=quick, seed=seed)
     subject = subject_of(task, quick=quick, seed=seed)
-    pieces = Pieces(out / "pieces", subject.facts())
+    start = time.process_time()
+    pieces = TimedPieces(out / "pieces", subject.facts())
     measured = measure(train(subject, pieces), pieces)
     truth = measured.trained.truth
+    figures = draw(measured, out)
+    rest = time.process_time() - start - sum(pieces.made.values())
     result = StudyResult(
         name="diffusion",
         title=f"Attribution of diffusion models: {subject.title}",
@@ -128,23 +132,24 @@ def run(
             q=truth.outcomes.shape[2],
         ),
         settings={**subject.facts(), "quick": quick, "threads": torch.get_num_threads()},
-        tables=tables(measured),
+        tables=[*tables(measured), spent(pieces, rest)],
         findings=findings(measured),
-        figures=draw(measured, out),
+        figures=figures,
     )
     result.save(out)
     return result
 
 
-def measure(trained: Trained, pieces: Pieces) -> Measured:
+def measure(trained: Trained, pieces: TimedPieces) -> Measured:
     """Scores of every entrant, how they do, and what removals change."""
     field = Field(trained)
-    one_pass = _plain_pass(field)
+    one_pass = _plain_pass(field, pieces)
     scores: dict[str, Tensor] = {}
     rows: dict[str, Tensor] = {}
     seconds: dict[str, float] = {}
     skipped: dict[str, str] = {}
     warned: dict[str, tuple[str, ...]] = {}
+    unlearned: dict[str, dict[str, list[Any]]] = {}
     for entrant in track(ENTRANTS, "methods", total=len(ENTRANTS)):
         reason = absent(entrant, field)
         if reason is None:
@@ -156,9 +161,12 @@ def measure(trained: Trained, pieces: Pieces) -> Measured:
                 scores[entrant.key], rows[entrant.key] = values, field.rows(entrant)
                 seconds[entrant.key] = about["seconds"]
                 warned[entrant.key] = tuple(about["warnings"])
+                if "unlearning" in about:
+                    unlearned[entrant.key] = about["unlearning"]
         if reason is not None:
             skipped[entrant.key] = reason
-    _add_ensembles(scores, rows)
+    _add_ensembles(scores, rows, seconds)
+    seconds["datamodel"] = pieces.seconds(TRUTH)
     rows["datamodel"] = torch.arange(len(trained.queries))
     scores["datamodel"] = datamodel(trained.truth.subsets, trained.truth.mean_outcomes)[None]
     groups = trained.subject.groups
@@ -179,6 +187,7 @@ def measure(trained: Trained, pieces: Pieces) -> Measured:
         passes={key: value / one_pass for key, value in seconds.items()},
         skipped=skipped,
         warned={key: texts for key, texts in warned.items() if texts},
+        unlearned=unlearned,
         removals=_removals(field, scores, rows, pieces),
     )
 
@@ -193,25 +202,27 @@ def _judged(trained: Trained, values: Tensor, rows: Tensor, group: slice) -> lis
     return [judge(each[places], trained.truth, rows[places]) for each in values]
 
 
-def _entry(entrant: Entrant, field: Field, pieces: Pieces) -> tuple[Tensor, dict[str, Any]]:
+def _entry(entrant: Entrant, field: Field, pieces: TimedPieces) -> tuple[Tensor, dict[str, Any]]:
     """Scores of an entrant, the time of the processor they took and what it warned of."""
     rows = field.rows(entrant)
-    name = f"scores-{entrant.key}-{fingerprint(entrant.method, rows.tolist())}"
-    path = pieces.folder / f"{name}.json"
+    name = f"scores-{entrant.key}-{fingerprint(entrant.settings, rows.tolist())}"
+    about: dict[str, Any] = {}
 
     def make() -> dict[str, Tensor]:
-        start = time.process_time()
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always", ForebearWarning)
-            values = score(entrant, field, field.trained.queries.select(rows))
+            values, found = score(entrant, field, field.trained.queries.select(rows))
         texts = sorted({str(w.message) for w in caught if issubclass(w.category, ForebearWarning)})
-        write_json(path, {"seconds": time.process_time() - start, "warnings": texts})
+        about.update(found, warnings=texts)
         return {"scores": values}
 
-    return pieces.tensors(name, make)["scores"], read_json(path)
+    tensors, known = pieces.timed(SCORING, name, make, about)
+    return tensors["scores"], known
 
 
-def _add_ensembles(scores: dict[str, Tensor], rows: dict[str, Tensor]) -> None:
+def _add_ensembles(
+    scores: dict[str, Tensor], rows: dict[str, Tensor], seconds: dict[str, float]
+) -> None:
     """Means of z-scores, and of ranks, of two members at their fixed ridges."""
     for one, other in PAIRS:
         if one not in scores or other not in scores:
@@ -224,16 +235,16 @@ def _add_ensembles(scores: dict[str, Tensor], rows: dict[str, Tensor]) -> None:
         for how, scaled in (("z", standardised), ("rank", ranked)):
             key = f"{one}+{other}:{how}"
             scores[key] = torch.stack([scaled(each) for each in members]).sum(0).float()[None]
-            rows[key] = common
+            rows[key], seconds[key] = common, seconds[one] + seconds[other]
 
 
 def _removals(
-    field: Field, scores: Mapping[str, Tensor], rows: Mapping[str, Tensor], pieces: Pieces
+    field: Field, scores: Mapping[str, Tensor], rows: Mapping[str, Tensor], pieces: TimedPieces
 ) -> dict[str, Removals]:
     trained = field.trained
     about, group = trained.subject.removal, trained.subject.groups["generated"]
     chosen = {}
-    for key in REMOVED:
+    for key in about.methods:
         if key not in scores:
             continue
         places = of_group(rows[key], group)
@@ -246,13 +257,17 @@ def _removals(
     }
 
 
-def _plain_pass(field: Field) -> float:
+def _plain_pass(field: Field, pieces: TimedPieces) -> float:
     """Seconds of the processor for a forward and a backward pass over the training images."""
     model, loss = field.trained.model, field.shared
-    times = []
-    for _ in range(3):
-        start = time.process_time()
-        for _, batch in field.train.batches(128):
-            torch.autograd.grad(loss(model, batch).mean(), list(model.parameters()))
-        times.append(time.process_time() - start)
-    return float(np.median(times))
+
+    def make() -> dict[str, Tensor]:
+        times = []
+        for _ in range(3):
+            start = time.process_time()
+            for _, batch in field.train.batches(128):
+                torch.autograd.grad(loss(model, batch).mean(), list(model.parameters()))
+            times.append(time.process_time() - start)
+        return {"seconds": torch.tensor(times, dtype=torch.float64)}
+
+    return pieces.timed(SCORING, "plain-pass", make)[0]["seconds"].median().item()

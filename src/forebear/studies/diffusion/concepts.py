@@ -1,6 +1,6 @@
 """Which training images taught a model one of two concepts, where no image shows both."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -10,16 +10,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from forebear import methods, metrics
+from forebear import methods
 from forebear.curvature import NonzeroRelative
 from forebear.errors import ForebearError
 from forebear.progress import track
 from forebear.studies.base import Cell, Finding, Pieces, StudyResult, Table, fingerprint
 from forebear.studies.diffusion import likeness
+from forebear.studies.diffusion.steps import steps_bring_nearer
 from forebear.studies.figure import FAINT, PALETTE, figure
 from forebear.task import Task
+from forebear.training.ensemble import Ensemble
 from forebear.zoo import concepts
-from forebear.zoo.concepts import Concepts
+from forebear.zoo.concepts import Concepts, precision
 
 RIDGE = 10.0
 """A multiple of the mean eigenvalue that is not zero, for all kernels."""
@@ -28,15 +30,15 @@ TOP = 10
 
 SUMMARY = (
     "{n} pictures show a ring, a plus or a cross, and a bar at one of three heights; no training "
-    "picture shows a ring and a bar at the top. A network that is told both was trained on them. "
-    "Methods say which pictures count for a query; shown is the share of the first ten that have "
-    "the concept that was asked about, mean over both concepts of a query."
+    "picture shows a ring and a bar at the top. {networks} networks that are told both were "
+    "trained on them. Methods say which pictures count for a query; shown is the share of the "
+    "first ten that have the concept that was asked about, mean over both concepts of a query."
 )
 
 
 @dataclass(frozen=True)
 class Trained:
-    """The network and its pictures.
+    """A network and its pictures.
 
     Attributes:
         task: the network and the loss that is attributed.
@@ -49,8 +51,8 @@ class Trained:
     draws: int
 
 
-Ranking = Callable[[Trained, int], Tensor]
-"""Scores `[q, n]` of the queries for one of their concepts."""
+Ranking = Callable[[Trained], Tensor]
+"""Scores of the queries `[2, q, n]` for both of their concepts, or `[1, q, n]` for all at once."""
 
 
 @dataclass(frozen=True)
@@ -74,203 +76,283 @@ class Row:
     whole: bool = False
 
 
-def _pixels(trained: Trained, concept: int) -> Tensor:
+def _pixels(trained: Trained) -> Tensor:
     one, other = (d.batch(slice(None))["image"] for d in (trained.data.queries, trained.data.train))
-    return likeness.pixel_closeness(one, other)
+    return likeness.pixel_closeness(one, other)[None]
 
 
 def _whole(name: str, **options: Any) -> Ranking:
-    def rank(trained: Trained, concept: int) -> Tensor:
+    def rank(trained: Trained) -> Tensor:
         method = methods.get(name, damping=NonzeroRelative(RIDGE), **options)
-        return method.fit(trained.task, trained.data.train).score(trained.data.queries).values
+        return method.fit(trained.task, trained.data.train).score(trained.data.queries).values[None]
 
     return rank
 
 
-def _slider(training: str, **options: Any) -> Ranking:
-    def rank(trained: Trained, concept: int) -> Tensor:
+def _slider(
+    training: str = "posterior",
+    *,
+    without: Callable[[Tensor, int], Tensor] = concepts.without,
+    **options: Any,
+) -> Ranking:
+    def rank(trained: Trained) -> Tensor:
+        damping = NonzeroRelative(RIDGE)
         method = methods.get(
-            "concept_trak",
-            training=training,
-            damping=NonzeroRelative(RIDGE),
-            draws=trained.draws,
-            **options,
+            "concept_trak", training=training, damping=damping, draws=trained.draws, **options
         )
-        queries = concepts.asked(trained.data, concept)
-        return method.fit(trained.task, trained.data.train).score(queries).values
+        fitted = method.fit(trained.task, trained.data.train)
+        labels = trained.data.query_labels
+        keys = trained.data.queries.batch(slice(None))["key"]
+        place = torch.arange(len(labels))
+        if method.scope == "global":  # one answer for all pictures of a pair
+            labels, place = labels.unique(dim=0, return_inverse=True)
+            keys = torch.arange(len(labels))
+        asked = [concepts.asked(labels, c, keys=keys) for c in (0, 1)]
+        each = [{**queries, "without": without(labels, c)} for c, queries in enumerate(asked)]
+        return torch.stack([fitted.score(queries).values[place] for queries in each])
 
     return rank
+
+
+def left_out(labels: Tensor, concept: int) -> Tensor:
+    """Conditions `[q, 6]` that say nothing of a concept, which no training picture does."""
+    said = concepts.condition(labels).view(-1, 2, 3)
+    said[:, concept] = 0.0
+    return said.flatten(1)
 
 
 WHOLE, SLIDER = "whole image", "concept slider"
+POSTERIOR, INVERTED = "posterior sampling, fresh noise", "posterior sampling, inverted"
 
 ROWS = (
     Row("pixels", "pixel distance", "–", _pixels, whole=True),
     Row("trak", WHOLE, "loss (TRAK)", _whole("dtrak", function="loss"), "dtrak", whole=True),
     Row("dtrak", WHOLE, "square norm (D-TRAK)", _whole("dtrak"), "dtrak", whole=True),
     Row("das", WHOLE, "absolute value (DAS)", _whole("das", function="absolute"), "das", True),
+    Row("whole", WHOLE, INVERTED, _whole("concept_trak", scope="whole"), "concept_trak", True),
     Row("slider_trak", SLIDER, "loss (TRAK)", _slider("loss"), "concept_trak"),
     Row("slider_dtrak", SLIDER, "square norm (D-TRAK)", _slider("square_norm"), "concept_trak"),
     Row("slider_das", SLIDER, "absolute value (DAS)", _slider("absolute"), "concept_trak"),
-    Row("slider", SLIDER, "posterior sampling", _slider("posterior"), "concept_trak"),
+    Row("slider_fresh", SLIDER, POSTERIOR, _slider(inversion=False), "concept_trak"),
+    Row(
+        "slider_fresh_unit",
+        SLIDER,
+        f"{POSTERIOR}, unit length",
+        _slider(inversion=False, normalise=True),
+        "concept_trak",
+    ),
+    Row("slider", SLIDER, INVERTED, _slider(), "concept_trak"),
+    Row("slider_unit", SLIDER, f"{INVERTED}, unit length", _slider(normalise=True), "concept_trak"),
+    Row(
+        "slider_left_out",
+        "concept slider, concept left out",
+        INVERTED,
+        _slider(without=left_out),
+        "concept_trak",
+    ),
     Row(
         "slider_local",
-        "concept slider, from the query's noise",
-        "posterior sampling",
-        _slider("posterior", scope="local"),
-        "concept_trak",
-    ),
-    Row(
-        "slider_unit",
-        SLIDER,
-        "posterior sampling, unit length",
-        _slider("posterior", normalise=True),
-        "concept_trak",
-    ),
-    Row(
-        "slider_inverted",
-        SLIDER,
-        "posterior sampling, inversion",
-        _slider("posterior", inversion=True),
-        "concept_trak",
-    ),
-    Row(
-        "slider_both",
-        SLIDER,
-        "posterior sampling, both",
-        _slider("posterior", normalise=True, inversion=True),
+        "concept slider, from a noise of the query's own",
+        INVERTED,
+        _slider(scope="local"),
         "concept_trak",
     ),
 )
 
 
+@dataclass(frozen=True)
+class Compared:
+    """What was found.
+
+    Attributes:
+        found: precision by row, `[networks, q]`, mean over both concepts.
+        skipped: why a row took no part.
+        nearer: share of steps on training pictures that brought what the model sees nearer to
+            them, by network.
+        changed: largest change of normalised scores where the strength of the slider is seven
+            times as large, over the largest score.
+    """
+
+    found: Mapping[str, np.ndarray]
+    skipped: Mapping[str, str]
+    nearer: np.ndarray
+    changed: float
+
+
 def run(out: Path, *, quick: bool, seed: int) -> StudyResult:
-    """Train the network, rank by every way, and write the folder."""
-    data = concepts.load(train=120, each=2) if quick else concepts.load()
+    """Train the networks, rank by every way, and write the folder."""
+    data = concepts.load(train=120, each=2) if quick else concepts.load(each=2, pairs=8)
     recipe = concepts.recipe(epochs=5) if quick else concepts.recipe()
+    seeds = tuple(range(seed, seed + (2 if quick else 5)))
     settings = {
         "task": "concepts",
         "recipe": recipe.fingerprint,
         "train": data.train.fingerprint,
         "queries": data.queries.fingerprint,
-        "draws": 8 if quick else 256,
-        "seed": seed,
+        "draws": 9 if quick else 90,
+        "networks": seeds,
         "forebear": version("forebear"),
     }
     pieces = Pieces(out / "pieces", settings)
-    model = recipe.build()
-    model.load_state_dict(
-        pieces.tensors("model", lambda: dict(recipe.train(data.train, seed=seed).state_dict()))
+    everything = torch.ones(len(seeds), len(data.train), dtype=torch.bool)
+    state = pieces.tensors(
+        "models", lambda: dict(recipe.train_many(data.train, everything, seeds).state)
     )
-    trained = Trained(Task(model.eval(), concepts.loss()), data, settings["draws"])
-    found, skipped = _precisions(trained, pieces)
+    models = Ensemble(recipe.build().eval(), state).models()
+    networks = [Trained(Task(model, concepts.loss()), data, settings["draws"]) for model in models]
+    compared = compare(networks, pieces)
+    skipped = Table("missing", "What took no part", ["ranking", "why"], [*compared.skipped.items()])
     result = StudyResult(
         name="diffusion",
         title="Attribution of diffusion models: two concepts in a picture",
-        summary=SUMMARY.format(n=len(data.train)),
+        summary=SUMMARY.format(n=len(data.train), networks=len(seeds)),
         settings={**settings, "quick": quick},
-        tables=[_table(found, data), *([_skipped(skipped)] if skipped else [])],
-        findings=findings(found, data.withheld.numpy()),
-        figures={"precision": _draw(found, data, out)},
+        tables=[_table(compared.found, data), *([skipped] if compared.skipped else [])],
+        findings=findings(compared, data.withheld.numpy()),
+        figures={"precision": _draw(compared.found, data, out)},
     )
     result.save(out)
     return result
 
 
-def _precisions(trained: Trained, pieces: Pieces) -> tuple[dict[str, np.ndarray], dict[str, str]]:
-    """Precision of every way to rank by query, mean over both concepts, and who is missing."""
-    found, skipped = {}, {}
+def compare(networks: list[Trained], pieces: Pieces) -> Compared:
+    """Every way to rank under every network, and what gradients of concepts do."""
+    found: dict[str, np.ndarray] = {}
+    skipped: dict[str, str] = {}
     for row in track(ROWS, "rankings", total=len(ROWS)):
         if row.method and row.method not in methods.METHODS:
             skipped[row.key] = f"this version has no method {row.method!r}"
             continue
-
-        def make(row: Row = row) -> dict[str, Tensor]:
-            count = 1 if row.whole else 2
-            return {"scores": torch.stack([row.rank(trained, c).float() for c in range(count)])}
-
-        name = f"scores-{row.key}-{fingerprint(row.method, row.training)}"
+        name = f"scores-{row.key}-{fingerprint(row.method, row.asked, row.training)}"
         try:
-            scores = pieces.tensors(name, make)["scores"].expand(2, -1, -1)
+            each = [
+                _scores(row, trained, pieces, f"{name}-{i}") for i, trained in enumerate(networks)
+            ]
         except ForebearError as error:
             skipped[row.key] = str(error)
             continue
-        found[row.key] = np.mean([precision(trained.data, scores[c], c) for c in (0, 1)], axis=0)
-    return found, skipped
+        found[row.key] = np.stack(
+            [both(trained.data, s) for trained, s in zip(networks, each, strict=True)]
+        )
+    checks = pieces.tensors("checks", lambda: _checks(networks))
+    return Compared(found, skipped, checks["nearer"].numpy(), checks["changed"].item())
 
 
-def precision(data: Concepts, scores: Tensor, concept: int) -> np.ndarray:
-    """Share of the first ten that have the query's concept, `[q]`."""
-    relevant = data.query_labels[:, concept, None] == data.labels[None, :, concept]
-    return metrics.precision_at(scores, relevant, TOP)
+def _scores(row: Row, trained: Trained, pieces: Pieces, name: str) -> Tensor:
+    scores = pieces.tensors(name, lambda: {"scores": row.rank(trained).float()})["scores"]
+    return scores.expand(2, -1, -1)
 
 
-def findings(found: dict[str, np.ndarray], withheld: np.ndarray) -> list[Finding]:
-    """Claims about the withheld pair."""
+def both(data: Concepts, scores: Tensor) -> np.ndarray:
+    """Precision of the first ten `[q]`, mean over both concepts, of scores `[2, q, n]`."""
+    return np.mean([precision(data, scores[c], c, TOP) for c in (0, 1)], axis=0)
+
+
+def _checks(networks: list[Trained]) -> dict[str, Tensor]:
+    nearer = [steps_bring_nearer(one.task.model, concepts.loss(), one.data) for one in networks]
+    return {"nearer": torch.tensor(nearer), "changed": torch.tensor(_change(networks[0]))}
+
+
+def _change(trained: Trained) -> float:
+    """Of normalised scores, where the slider is seven times as strong."""
+    few = Trained(trained.task, trained.data, draws=9)
+    one, other = (_slider(normalise=True, strength=s)(few) for s in (7.5, 52.5))
+    return ((one - other).abs().max() / one.abs().max()).item()
+
+
+def findings(compared: Compared, withheld: np.ndarray) -> list[Finding]:
+    """Claims about the withheld pair, and about gradients."""
     rows = {row.key: row for row in ROWS}
-    mean = {key: float(values[withheld].mean()) for key, values in found.items()}
+    mean = {key: float(values[:, withheld].mean()) for key, values in compared.found.items()}
     whole = {key: value for key, value in mean.items() if rows[key].whole}
     judged = [
         Finding(
             "A ranking by whole images cannot find teachers of both concepts of a withheld pair.",
             "precision at most 0.50, for no training image has both",
-            ", ".join(f"{rows[key].training} {value:.2f}" for key, value in whole.items()),
+            ", ".join(
+                f"{rows[key].training.replace('–', 'pixels')} {value:.2f}"
+                for key, value in whole.items()
+            ),
             all(value <= 0.5 for value in whole.values()),
         )
     ]
     if "slider" in mean:
+        each = compared.found["slider"][:, withheld].mean(1)
         judged.append(
             Finding(
                 "Concept sliders with the posterior-sampling loss find them.",
-                "precision at least 0.80 on the withheld pair",
-                f"{mean['slider']:.2f}",
+                "precision at least 0.80 on the withheld pair, mean of networks",
+                f"{mean['slider']:.2f}; from {each.min():.2f} to {each.max():.2f} by network",
                 mean["slider"] >= 0.8,
             )
         )
-    if {"slider_trak", "trak"} <= set(mean):
-        gain = mean["slider_trak"] - mean["trak"]
-        judged.append(
-            Finding(
-                "It is the question that makes the difference, not the training gradient.",
-                "the slider higher by at least 0.25 with TRAK's gradients, on the withheld pair",
-                f"{mean['slider_trak']:.2f} and {mean['trak']:.2f}",
-                gain >= 0.25,
+    pairs = {"posterior sampling": ("slider", "whole"), "TRAK": ("slider_trak", "trak")}
+    for gradients, (one, other) in pairs.items():
+        if {one, other} <= set(mean):
+            judged.append(
+                Finding(
+                    f"With the training gradients of {gradients}, it is the question that counts.",
+                    "the slider higher by at least 0.25 than the whole image, on the withheld pair",
+                    f"{mean[one]:.2f} and {mean[other]:.2f}",
+                    mean[one] - mean[other] >= 0.25,
+                )
             )
-        )
-    return judged
+    return judged + _about_gradients(compared)
 
 
-def _table(found: dict[str, np.ndarray], data: Concepts) -> Table:
-    withheld = data.withheld.numpy()
-    rows: list[list[Cell]] = [
-        [row.asked, row.training, float(values[~withheld].mean()), float(values[withheld].mean())]
-        for row in ROWS
-        if (values := found.get(row.key)) is not None
+def _about_gradients(compared: Compared) -> list[Finding]:
+    return [
+        Finding(
+            "Of unit length, gradients do not know how strong the slider is.",
+            "scores change by at most 1e-6 of the largest when it is seven times as strong",
+            f"{compared.changed:.1e}",
+            compared.changed <= 1e-6,
+        ),
+        Finding(
+            "A step on a training picture brings what the model sees nearer to it.",
+            "for at least 90 % of pictures and timesteps, mean of networks",
+            f"{100 * compared.nearer.mean():.0f} %, in the worst network "
+            f"{100 * compared.nearer.min():.0f} %",
+            bool(compared.nearer.mean() >= 0.9),
+        ),
     ]
+
+
+def _table(found: Mapping[str, np.ndarray], data: Concepts) -> Table:
+    withheld = data.withheld.numpy()
+    rows: list[list[Cell]] = []
+    for row in ROWS:
+        if row.key not in found:
+            continue
+        seen, held = found[row.key][:, ~withheld], found[row.key][:, withheld].mean(1)
+        networks = ", ".join(f"{value:.2f}" for value in held)
+        rows.append([row.asked, row.training, float(seen.mean()), float(held.mean()), networks])
     base = [
         float((data.query_labels[:, c, None] == data.labels[None, :, c]).double().mean())
         for c in (0, 1)
     ]
     note = (
-        f"Mean over {int((~withheld).sum())} queries of seen pairs and {int(withheld.sum())} of "
-        f"the withheld one. Chance is {base[0]:.2f} for shapes and {base[1]:.2f} for bars."
+        f"Mean over networks, {int((~withheld).sum())} queries of seen pairs and "
+        f"{int(withheld.sum())} of the withheld one. Chance is {base[0]:.2f} for shapes and "
+        f"{base[1]:.2f} for bars."
     )
-    columns = ["query", "training images", "seen pairs", "withheld pair"]
+    columns = ["query", "training images", "seen pairs", "withheld pair", "in each network"]
     return Table("precision", f"Precision of the first {TOP}", columns, rows, note)
 
 
-def _skipped(reasons: dict[str, str]) -> Table:
-    return Table("missing", "What took no part", ["ranking", "why"], list(reasons.items()))
-
-
-def _draw(found: dict[str, np.ndarray], data: Concepts, out: Path) -> str:
+def _draw(found: Mapping[str, np.ndarray], data: Concepts, out: Path) -> str:
     withheld = data.withheld.numpy()
     shown = [row for row in ROWS if row.key in found][::-1]
-    with figure(out, "precision", (9.2, 1.4 + 0.32 * len(shown))) as axes:
-        kinds = ((~withheld, PALETTE[0], "seen"), (withheld, PALETTE[1], "withheld"))
-        for mask, color, text in kinds:
-            means = [found[row.key][mask].mean() for row in shown]
-            axes.plot(means, range(len(shown)), "o", color=color, markersize=7, label=text)
+    with figure(out, "precision", (9.6, 1.6 + 0.34 * len(shown))) as axes:
+        kinds = ((~withheld, PALETTE[0], "seen", 0.12), (withheld, PALETTE[1], "withheld", -0.12))
+        for mask, color, text, shift in kinds:
+            each = [found[row.key][:, mask].mean(1) for row in shown]
+            for place, values in enumerate(each):
+                heights = [place + shift] * len(values)
+                axes.plot(values, heights, "o", color=color, markersize=3.5, alpha=0.35)
+            means = [values.mean() for values in each]
+            places = [place + shift for place in range(len(shown))]
+            axes.plot(means, places, "o", color=color, markersize=7.5, label=text)
         axes.axvline(0.5, color=FAINT, linewidth=1.4, linestyle=(0, (5, 3)))
         names = [f"{row.asked}: {row.training}".removesuffix(": –") for row in shown]
         axes.set_yticks(range(len(shown)), names)
@@ -278,6 +360,7 @@ def _draw(found: dict[str, np.ndarray], data: Concepts, out: Path) -> str:
         axes.set_xlabel(f"precision of the first {TOP}")
         axes.legend(frameon=False, loc="lower left", title="pair of concepts")
     return (
-        f"Share of the first {TOP} training pictures that have the concept asked about. Dashed: "
-        "what a ranking by whole images cannot exceed on the withheld pair."
+        f"Share of the first {TOP} training pictures that have the concept asked about: mean, and "
+        "small for each network. Dashed: what a ranking by whole images cannot exceed on the "
+        "withheld pair."
     )

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -12,11 +12,13 @@ from forebear import methods
 from forebear.curvature import NonzeroRelative
 from forebear.data import Data
 from forebear.errors import ForebearError
+from forebear.methods.diffusion_gradients import ridge_sweep
 from forebear.studies.diffusion import likeness
 from forebear.studies.diffusion.models import Trained
 from forebear.task import Task
 from forebear.tasks.diffusion import Denoising
 from forebear.tasks.schedules import Discrete
+from forebear.types import Scores
 
 RIDGES = (0.001, 0.01, 0.1, 1.0, 10.0, 100.0)
 """Multiples of the mean eigenvalue that is not zero; the fixed rule is 1."""
@@ -77,7 +79,7 @@ class Field:
         return likeness.encoder(self.trained.subject.pictures)
 
 
-Score = Callable[[Field, Data], Sequence[Tensor]]
+Score = Callable[[Field, Data], Sequence[Scores | Tensor]]
 """Scores `[q, n]` of queries, one for each of `RIDGES` where a method has a ridge."""
 
 
@@ -103,6 +105,14 @@ class Entrant:
     groups: tuple[str, ...] = ("validation", "generated")
     only: str = ""
 
+    @property
+    def settings(self) -> list[Any]:
+        """What decides its scores on a task, for the name of the piece that keeps them."""
+        if not isinstance(self.score, partial):
+            return [self.method, self.score.__name__]
+        options = {k: getattr(v, "__name__", v) for k, v in self.score.keywords.items()}
+        return [self.method, self.score.func.__name__, options]
+
 
 def absent(entrant: Entrant, field: Field) -> str | None:
     """Why an entrant cannot take part; None when it can."""
@@ -113,23 +123,14 @@ def absent(entrant: Entrant, field: Field) -> str | None:
     return None
 
 
-def _method(name: str, **options: Any) -> Score:
+def _method(field: Field, queries: Data, *, name: str, **options: Any) -> list[Scores]:
     """A registered method with fixed options."""
-
-    def score(field: Field, queries: Data) -> list[Tensor]:
-        fitted = methods.get(name, **options).fit(field.task(), field.train)
-        return [fitted.score(queries).values]
-
-    return score
+    return [methods.get(name, **options).fit(field.task(), field.train).score(queries)]
 
 
-def _ridged(name: str, **options: Any) -> Score:
-    """A registered method at every ridge, from one fit."""
-
-    def score(field: Field, queries: Data) -> list[Tensor]:
-        return _at_ridges(methods.get(name, **options), field, queries)
-
-    return score
+def _ridged(field: Field, queries: Data, *, name: str, **options: Any) -> list[Tensor]:
+    """A registered method at every ridge."""
+    return _at_ridges(methods.get(name, **options), field, queries)
 
 
 def _relative(field: Field, queries: Data) -> list[Tensor]:
@@ -138,33 +139,35 @@ def _relative(field: Field, queries: Data) -> list[Tensor]:
     return _at_ridges(replace(kernel, normalise="relative_parameters"), field, queries)
 
 
-def _journey(field: Field, queries: Data) -> list[Tensor]:
-    method = methods.get("journey_trak", sampler=field.trained.subject.sampler)
-    return _at_ridges(method, field, queries)
-
-
 def _at_ridges(method: Any, field: Field, queries: Data) -> list[Tensor]:
+    """From one fit and one pass for the gradients of queries."""
     fitted = method.fit(field.task(), field.train)
-    return [fitted.with_damping(NonzeroRelative(ridge)).score(queries).values for ridge in RIDGES]
+    return list(ridge_sweep(fitted, queries, [NonzeroRelative(ridge) for ridge in RIDGES]))
 
 
-def _nda(field: Field, queries: Data) -> Sequence[Tensor]:
+def _journey(field: Field, queries: Data) -> list[Tensor]:
+    return _ridged(field, queries, name="journey_trak", sampler=field.trained.subject.sampler)
+
+
+def _nda(field: Field, queries: Data, *, timestep: int = NEAR, scale: float = 0.75) -> list[Scores]:
     schedule = field.trained.subject.loss.schedule
-    options: dict[str, Any] = {"patch": 5, "timesteps": (NEAR,)}
+    options: dict[str, Any] = {"patch": 5, "timesteps": (timestep,)}
     if not isinstance(schedule, Discrete):
-        options |= {"schedule": schedule, "timesteps": (0.75,)}
-    return _method("nda", **options)(field, queries)
+        options |= {"schedule": schedule, "timesteps": (scale,)}
+    return _method(field, queries, name="nda", **options)
 
 
-def _similarity(field: Field, queries: Data) -> list[Tensor]:
+def _similarity(field: Field, queries: Data) -> list[Scores]:
     schedule = field.trained.subject.loss.schedule
     level = NEAR if isinstance(schedule, Discrete) else 0.1
     task = field.task(field.shared.at((level,)))
-    return [methods.get("similarity").fit(task, field.train).score(queries).values]
+    return [methods.get("similarity").fit(task, field.train).score(queries)]
 
 
-def _images(compare: Callable[[Tensor, Tensor], Tensor]) -> Score:
-    return lambda field, queries: [compare(queries.batch(slice(None))["image"], field.images)]
+def _pixels(
+    field: Field, queries: Data, *, compare: Callable[[Tensor, Tensor], Tensor]
+) -> list[Tensor]:
+    return [compare(queries.batch(slice(None))["image"], field.images)]
 
 
 def _embedding(field: Field, queries: Data) -> list[Tensor]:
@@ -180,46 +183,43 @@ def _softmax(field: Field, queries: Data) -> list[Tensor]:
     ]
 
 
-def _mucs(**options: Any) -> Score:
-    def score(field: Field, queries: Data) -> list[Tensor]:
-        flat = hasattr(field.trained.model, "hidden")
-        layers = ("hidden.*",) if flat else ("blocks.*.wide", "blocks.*.narrow")
-        method = methods.get("mucs", learning_rate=3e-4, layers=layers, **options)
-        return [method.fit(field.task(), field.train).score(queries).values]
-
-    return score
+def _mucs(field: Field, queries: Data, **options: Any) -> list[Scores]:
+    flat = hasattr(field.trained.model, "hidden")
+    layers = ("hidden.*",) if flat else ("blocks.*.wide", "blocks.*.narrow")
+    return _method(field, queries, name="mucs", learning_rate=3e-4, layers=layers, **options)
 
 
-ABLATED = "digits-edm"
+APART = "digits-edm"
 """The task on which MUCS is taken apart."""
 
 ENTRANTS = (
-    Entrant("random", "Random", _method("random"), "random"),
-    Entrant("pixels", "Pixel distance", _images(likeness.pixel_closeness)),
-    Entrant("pixels_cosine", "Pixel cosine", _images(likeness.cosine)),
+    Entrant("random", "Random", partial(_method, name="random"), "random"),
+    Entrant("pixels", "Pixel distance", partial(_pixels, compare=likeness.pixel_closeness)),
+    Entrant("pixels_cosine", "Pixel cosine", partial(_pixels, compare=likeness.cosine)),
     Entrant("embedding", "Embedding cosine", _embedding),
     Entrant("hidden", "Hidden state cosine", _similarity, "similarity"),
     Entrant("softmax", "Whole-image softmax", _softmax),
     Entrant("nda", "NDA, 5 × 5", _nda, "nda"),
-    Entrant("graddot", "GradDot", _method("graddot"), "graddot"),
-    Entrant("gradcos", "GradCos", _method("gradcos"), "gradcos"),
-    Entrant("trak", "TRAK", _ridged("dtrak", function="loss"), "trak"),
+    Entrant("nda_late", "NDA, t = 400", partial(_nda, timestep=400), "nda", only="digits-eps"),
+    Entrant("graddot", "GradDot", partial(_method, name="graddot"), "graddot"),
+    Entrant("gradcos", "GradCos", partial(_method, name="gradcos"), "gradcos"),
+    Entrant("trak", "TRAK", partial(_ridged, name="dtrak", function="loss"), "trak"),
     Entrant("relative", "Relative influence", _relative, "relatif"),
-    Entrant("dtrak", "D-TRAK", _ridged("dtrak"), "dtrak"),
-    Entrant("das_linear", "DAS, linear", _ridged("das", form="linear"), "das"),
-    Entrant("das", "DAS, squared", _ridged("das"), "das"),
+    Entrant("dtrak", "D-TRAK", partial(_ridged, name="dtrak"), "dtrak"),
+    Entrant("das_linear", "DAS, linear", partial(_ridged, name="das", form="linear"), "das"),
+    Entrant("das", "DAS, squared", partial(_ridged, name="das"), "das"),
     Entrant("journey", "Journey-TRAK", _journey, "journey_trak", groups=("generated",)),
-    Entrant("abu", "AbU+, linear", _method("abu", query_draws=1024), "abu"),
-    Entrant("abu_step", "AbU+, one step", _method("abu", mode="step"), "abu", few=True),
+    Entrant("abu", "AbU+, linear", partial(_method, name="abu", query_draws=1024), "abu"),
+    Entrant("abu_step", "AbU+, one step", partial(_method, name="abu", mode="step"), "abu", True),
     Entrant(
         "abu_diagonal",
         "AbU, linear",
-        _method("abu", curvature="diagonal", query_draws=1024),
+        partial(_method, name="abu", curvature="diagonal", query_draws=1024),
         "abu",
     ),
-    Entrant("mucs", "MUCS", _mucs(), "mucs", few=True),
+    Entrant("mucs", "MUCS", _mucs, "mucs", few=True),
     *(
-        Entrant(f"mucs_{key}", f"MUCS, {text}", _mucs(**options), "mucs", few=True, only=ABLATED)
+        Entrant(f"mucs_{key}", f"MUCS, {text}", partial(_mucs, **options), "mucs", True, only=APART)
         for key, text, options in (
             ("100", "100 levels", {"levels": 100}),
             ("raw", "difference", {"ratio": False}),
@@ -234,14 +234,21 @@ PAIRS = (("mucs", "das"), ("das", "pixels"), ("das", "abu"))
 """Members of the ensembles."""
 
 
-def score(entrant: Entrant, field: Field, queries: Data) -> Tensor:
-    """All scores of an entrant, `[ridges or 1, q, n]`.
+def score(entrant: Entrant, field: Field, queries: Data) -> tuple[Tensor, dict[str, Any]]:
+    """All scores of an entrant, `[ridges or 1, q, n]`, and how unlearning went where it was done.
 
     Raises:
         ForebearError: the method refuses this task.
     """
     found = entrant.score(field, queries)
     for values in found:
-        if not bool(torch.isfinite(values).all()):
+        if not bool(torch.isfinite(_plain(values)).all()):
             raise ForebearError(f"{entrant.label} has scores that are NaN or infinite")
-    return torch.stack([values.detach().float().cpu() for values in found])
+    first = found[0]
+    settings = first.provenance.settings if isinstance(first, Scores) else {}
+    about = {key: settings[key] for key in ("unlearning",) if key in settings}
+    return torch.stack([_plain(values).detach().float().cpu() for values in found]), about
+
+
+def _plain(values: Scores | Tensor) -> Tensor:
+    return values.values if isinstance(values, Scores) else values

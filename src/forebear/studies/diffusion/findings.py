@@ -6,16 +6,19 @@ Expected numbers come from reference runs on the same networks and images.
 from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
 
+from forebear.metrics import removal_shift
+from forebear.metrics.correlation import correlations
 from forebear.studies.base import Finding
 from forebear.studies.diffusion.judging import paired_difference
-from forebear.studies.diffusion.tables import label
+from forebear.studies.diffusion.removal import Removals
+from forebear.studies.diffusion.tables import SIMPLE, label
 
 if TYPE_CHECKING:
     from forebear.studies.diffusion import Measured
 
-GRADIENTS = ("graddot", "gradcos", "trak", "dtrak", "das_linear", "das")
-SIMPLE = ("pixels", "pixels_cosine", "embedding")
+GRADIENTS = ("graddot", "gradcos", "trak", "relative", "dtrak", "das_linear", "das")
 
 
 def findings(measured: "Measured") -> list[Finding]:
@@ -23,10 +26,12 @@ def findings(measured: "Measured") -> list[Finding]:
     task = measured.trained.subject.name
     judged = [_oracle(measured), _chance(measured), _simple(measured)]
     if task == "digits-eps":
-        judged += [_nda(measured), _squaring(measured), _kernel(measured), _harder(measured)]
+        judged += [_nda(measured), _late(measured), _squaring(measured)]
+        judged += [_kernel(measured), _harder(measured)]
     if task == "digits-edm":
-        judged += [_mucs(measured), *_ablations(measured), *_single(measured)]
-    judged += [_pooled(measured), _ensembles(measured)]
+        judged += [_mucs(measured), *_ablations(measured), _few_levels(measured)]
+        judged += [_better_together(measured), *_single(measured)]
+    judged += [_pooled(measured), _controls(measured), _ensembles(measured)]
     return [finding for finding in judged if finding is not None]
 
 
@@ -88,6 +93,19 @@ def _nda(measured: "Measured") -> Finding | None:
         "LDS at least 0.30 on held-out images, and not below whole images by more than 0.02",
         f"{mine:.3f}, whole images {whole:.3f}",
         mine >= 0.30 and mine >= whole - 0.02,
+    )
+
+
+def _late(measured: "Measured") -> Finding | None:
+    if not {"nda", "nda_late"} <= set(measured.judged):
+        return None
+    near = measured.fixed("nda", "validation").mean
+    late = measured.fixed("nda_late", "validation").mean
+    return Finding(
+        "NDA needs a timestep with little noise.",
+        "LDS on held-out images higher by at least 0.15 at t = 50 than at t = 400",
+        f"{near:.3f} and {late:.3f}",
+        bool(near - late >= 0.15),
     )
 
 
@@ -159,6 +177,39 @@ def _ablations(measured: "Measured") -> list[Finding | None]:
     ]
 
 
+def _few_levels(measured: "Measured") -> Finding | None:
+    if not {"mucs", "mucs_100"} <= set(measured.scores):
+        return None
+    few, many = (measured.scores[key][0].double().numpy() for key in ("mucs", "mucs_100"))
+    alike = correlations(few.T, many.T)
+    return Finding(
+        "Ten noise levels of MUCS rank training images as a hundred do.",
+        "rank correlation of at least 0.9, mean over queries",
+        f"{np.mean(alike):.3f}, at least {np.min(alike):.3f}",
+        bool(np.mean(alike) >= 0.9),
+    )
+
+
+def _better_together(measured: "Measured") -> Finding | None:
+    if "mucs+das:z" not in measured.judged:
+        return None
+    common = measured.rows["mucs+das:z"]
+    both, *members = (
+        _overall(measured, key)[torch.searchsorted(measured.rows[key], common).numpy()]
+        for key in ("mucs+das:z", "mucs", "das")
+    )
+    best = max(members, key=lambda each: float(np.nanmean(each)))
+    gain, error = paired_difference(both, best)
+    mucs, das = (float(np.nanmean(each)) for each in members)
+    return Finding(
+        "MUCS and DAS together, by z-scores, beat the better of them.",
+        "a higher LDS, mean over all queries",
+        f"{np.nanmean(both):.3f}, MUCS {mucs:.3f}, DAS, squared {das:.3f}: {gain:+.3f} "
+        f"± {1.96 * error:.3f} over queries",
+        bool(gain > 0),
+    )
+
+
 def _gain(measured: "Measured", one: str, other: str, least: float, claim: str) -> Finding | None:
     if not {one, other} <= set(measured.judged):
         return None
@@ -208,19 +259,36 @@ def _single(measured: "Measured") -> list[Finding]:
     return found
 
 
-def _pooled(measured: "Measured") -> Finding:
+def _strongest(measured: "Measured") -> tuple[str, Removals]:
+    """The method with the highest LDS on generated images, and removals by pixel distance."""
     removals = next(iter(measured.removals.values()))
-    group = "generated"
-    key = max(removals.pooled, key=lambda key: measured.fixed(key, group).mean)
-    shift, aside = removals.pooled_shift(key), removals.bystander_shift(key)
-    size = int(removals.pooled[key].removed)
+    key = max(removals.pooled, key=lambda key: measured.fixed(key, "generated").mean)
+    return key, removals
+
+
+def _pooled(measured: "Measured") -> Finding:
+    key, removals = _strongest(measured)
+    shift, size = removals.pooled_shift(key), int(removals.pooled[key].removed)
     return Finding(
         "Removing the strongest images of the method with the highest LDS changes the targets more "
-        "than removing as many random ones, and controls less.",
-        "p below 0.01, and a smaller ratio for controls",
-        f"{label(key)}, {size} removed: targets {shift.ratio:.2f} times random "
-        f"(p = {shift.p:.2g}), controls {aside.ratio:.2f} times (p = {aside.p:.2g})",
-        bool(shift.p < 0.01 and aside.ratio < shift.ratio),
+        "than removing as many random ones.",
+        "p below 0.01, one-sided Mann-Whitney test",
+        f"{label(key)}, {size} removed: {shift.mean:.3f} and {shift.random:.3f}, "
+        f"{shift.ratio:.2f} times (p = {shift.p:.2g})",
+        bool(shift.p < 0.01),
+    )
+
+
+def _controls(measured: "Measured") -> Finding:
+    key, removals = _strongest(measured)
+    shift, aside = removals.pooled_shift(key), removals.bystander_shift(key)
+    own = removal_shift(removals.pooled[key].targets, removals.pooled[key].bystanders)
+    return Finding(
+        "The same removal changes controls less than targets.",
+        "a smaller distance, and a smaller ratio to random removal",
+        f"{label(key)}: controls {aside.mean:.3f}, targets {shift.mean:.3f} (p = {own.p:.2g}); "
+        f"{aside.ratio:.2f} times random (p = {aside.p:.2g}) and {shift.ratio:.2f} times",
+        bool(aside.mean < shift.mean and aside.ratio < shift.ratio),
     )
 
 

@@ -2,15 +2,17 @@
 
 import warnings
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from forebear.data import Data
-from forebear.studies.base import Pieces
 from forebear.studies.diffusion.subjects import Subject
+from forebear.studies.diffusion.timing import TRAINING, TRUTH, TimedPieces
 from forebear.training import GroundTruth
+
+TOGETHER = 16
+"""Networks that are retrained together: what an interruption can cost."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +34,7 @@ class Trained:
     truth: GroundTruth
 
 
-def train(subject: Subject, pieces: Pieces) -> Trained:
+def train(subject: Subject, pieces: TimedPieces) -> Trained:
     """Train the model, draw its images and collect the ground truth, or read what is there."""
     recipe, data = subject.recipe, subject.train
 
@@ -40,22 +42,48 @@ def train(subject: Subject, pieces: Pieces) -> Trained:
         return dict(recipe.train(data, seed=subject.seed).state_dict())
 
     model = recipe.build()
-    model.load_state_dict(pieces.tensors("model", full))
+    model.load_state_dict(pieces.timed(TRAINING, "model", full)[0])
     model.eval()
-    made = pieces.tensors("generated", lambda: {"image": subject.generate(model)})
+    made, _ = pieces.timed(TRAINING, "generated", lambda: {"image": subject.generate(model)})
     queries = subject.queries(made["image"])
-    return Trained(subject, model, made["image"], queries, _truth(subject, queries, pieces.folder))
+    return Trained(subject, model, made["image"], queries, _truth(subject, queries, pieces))
 
 
-def _truth(subject: Subject, queries: Data, folder: Path) -> GroundTruth:
-    with warnings.catch_warnings(), torch.no_grad():
-        return GroundTruth.collect(
-            subject.recipe,
-            subject.train,
-            queries,
-            subsets=subject.subsets,
-            seeds=subject.seeds,
-            measure=subject.quality,
-            full=False,
-            folder=folder / "truth",
-        )
+def _truth(subject: Subject, queries: Data, pieces: TimedPieces) -> GroundTruth:
+    """What networks retrained on halves measure, some of them at a time."""
+    firsts = range(0, len(subject.subsets), TOGETHER)
+    outcomes = [
+        torch.cat([_outcomes(subject, queries, pieces, seed, first) for first in firsts])
+        for seed in range(subject.seeds)
+    ]
+    return GroundTruth(
+        subsets=subject.subsets,
+        outcomes=torch.stack(outcomes),
+        seeds=tuple(range(subject.seeds)),
+        train=subject.train.fingerprint,
+        queries=queries.fingerprint,
+        measure=subject.quality.name,
+        recipe=subject.recipe.settings,
+        recipe_hash=subject.recipe.fingerprint,
+    )
+
+
+def _outcomes(
+    subject: Subject, queries: Data, pieces: TimedPieces, seed: int, first: int
+) -> Tensor:
+    """`[m, q]` under the networks of the halves from `first` on."""
+
+    def make() -> dict[str, Tensor]:
+        with warnings.catch_warnings(), torch.no_grad():
+            some = GroundTruth.collect(
+                subject.recipe,
+                subject.train,
+                queries,
+                subsets=subject.subsets[first : first + TOGETHER],
+                seeds=(seed,),
+                measure=subject.quality,
+                full=False,
+            )
+        return {"outcomes": some.outcomes[0]}
+
+    return pieces.timed(TRUTH, f"truth-{seed}-{first:03d}", make)[0]["outcomes"]

@@ -10,9 +10,10 @@ from torch.nn.functional import cosine_similarity
 
 from forebear import metrics
 from forebear.metrics.counterfactual import Shift
-from forebear.studies.base import Pieces, fingerprint
+from forebear.studies.base import fingerprint
 from forebear.studies.diffusion.models import Trained
 from forebear.studies.diffusion.subjects import Subject
+from forebear.studies.diffusion.timing import REMOVAL, TimedPieces
 
 SEEDS = 2
 """Retrainings of every pooled removal."""
@@ -48,8 +49,8 @@ class Removals:
         single: changes by method, `"random"` included.
         pooled: the same, all targets' examples removed at once.
         random: of as many random examples as the pooled removal of each method.
-        pictures: of the targets by method, `[3, t, c, h, w]`: as they were, without the method's
-            images and without random ones.
+        pictures: by method, `[3, targets + bystanders, c, h, w]`: as they were, without the
+            method's images and without random ones.
     """
 
     single: Mapping[str, Changes]
@@ -107,7 +108,7 @@ def measures(embed: Callable[[Tensor], Tensor]) -> dict[str, Compare]:
 
 
 def remove(
-    trained: Trained, scores: Mapping[str, Tensor], pieces: Pieces, compare: Compare
+    trained: Trained, scores: Mapping[str, Tensor], pieces: TimedPieces, compare: Compare
 ) -> Removals:
     """Retrain without the strongest examples of the targets, and make all images again.
 
@@ -127,7 +128,7 @@ def remove(
         lists = strongest(values[: about.targets], about.pooled)
         masks = _pooled_masks(lists, len(trained.subject.train), trained.subject.seed)
         before, made = _all_at_once(trained, key, masks, pieces)
-        pictures[key] = torch.stack([before[0], *made[0]])[:, : about.targets]
+        pictures[key] = torch.stack([before[0], *made[0]])
         gone = int((~masks[0]).sum())
         mine, chance = (
             np.stack([compare(made[s, which], before[s]) for s in range(SEEDS)]) for which in (0, 1)
@@ -154,7 +155,7 @@ def _lists(trained: Trained, scores: Mapping[str, Tensor], count: int) -> dict[s
 
 
 def _one_by_one(
-    trained: Trained, key: str, lists: Tensor, pieces: Pieces, compare: Compare
+    trained: Trained, key: str, lists: Tensor, pieces: TimedPieces, compare: Compare
 ) -> Changes:
     subject, about = trained.subject, trained.subject.removal
     n, first = len(subject.train), about.targets
@@ -165,8 +166,9 @@ def _one_by_one(
         made = torch.stack([_again(subject, model) for model in models.models()])
         return {"image": made}
 
-    name = f"removed-{key}-{fingerprint(lists.tolist())}"
-    made = pieces.tensors(name, make)["image"]  # [t, targets + bystanders, c, h, w]
+    # The same images in another order are the same removal.
+    name = f"removed-{key}-{fingerprint(lists.sort(1).values.tolist())}"
+    made = pieces.timed(REMOVAL, name, make)[0]["image"]  # [t, targets + bystanders, c, h, w]
     before = trained.generated[: made.shape[1]]
     own = torch.arange(len(made)) % first
     targets = compare(made[torch.arange(len(made)), own], before[own])
@@ -183,7 +185,7 @@ def _pooled_masks(lists: Tensor, n: int, seed: int) -> Tensor:
 
 
 def _all_at_once(
-    trained: Trained, key: str, masks: Tensor, pieces: Pieces
+    trained: Trained, key: str, masks: Tensor, pieces: TimedPieces
 ) -> tuple[Tensor, Tensor]:
     """Images before `[seeds, g, c, h, w]`, and after, `[seeds, 2, g, c, h, w]`.
 
@@ -202,10 +204,10 @@ def _all_at_once(
         return {"image": made.unflatten(0, (SEEDS, 2))}
 
     digest = fingerprint(masks.int().tolist())
-    return before, pieces.tensors(f"pooled-{key}-{digest}", make)["image"]
+    return before, pieces.timed(REMOVAL, f"pooled-{key}-{digest}", make)[0]["image"]
 
 
-def _before(trained: Trained, seeds: Sequence[int], pieces: Pieces) -> Tensor:
+def _before(trained: Trained, seeds: Sequence[int], pieces: TimedPieces) -> Tensor:
     """What models trained on everything make, `[seeds, targets + bystanders, c, h, w]`."""
     subject = trained.subject
 
@@ -214,7 +216,7 @@ def _before(trained: Trained, seeds: Sequence[int], pieces: Pieces) -> Tensor:
         models = subject.recipe.train_many(subject.train, everything, list(seeds))
         return {"image": torch.stack([_again(subject, model) for model in models.models()])}
 
-    return pieces.tensors("before", make)["image"]
+    return pieces.timed(REMOVAL, "before", make)[0]["image"]
 
 
 def _again(subject: Subject, model: torch.nn.Module) -> Tensor:

@@ -1,7 +1,7 @@
 """Diffusion models that the study is made on, and how retrained ones are measured."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from typing import Any
 
@@ -43,6 +43,10 @@ class Quality:
         return -total / len(self.loss.points)
 
 
+REMOVED = ("pixels", "embedding", "nda", "gradcos", "trak", "das", "abu", "mucs")
+"""Entrants whose strongest examples are removed."""
+
+
 @dataclass(frozen=True)
 class Removal:
     """How images are removed and others made again.
@@ -53,6 +57,7 @@ class Removal:
         count: examples removed for one target at a time; 0 leaves that part out.
         pooled: examples removed for a target where all targets' are removed at once.
         draws: random sets that a target's are compared with.
+        methods: entrants whose strongest examples are removed.
     """
 
     targets: int = 10
@@ -60,6 +65,7 @@ class Removal:
     count: int = 50
     pooled: int = 50
     draws: int = 1
+    methods: tuple[str, ...] = field(default=REMOVED, repr=False)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -161,7 +167,7 @@ def subject_of(task: str, *, quick: bool, seed: int) -> Subject:
         UnknownNameError: there is none of that name.
     """
     if task not in SUBJECTS:
-        raise unknown_name("task of the study", task, (*SUBJECTS, "concepts"))
+        raise unknown_name("task of the study", task, (*SUBJECTS, "concepts", "customised"))
     return SUBJECTS[task](quick, seed)
 
 
@@ -218,26 +224,30 @@ def _digits_edm(quick: bool, seed: int) -> Subject:
     )
 
 
+SOME = ("pixels", "nda", "das")
+"""Entrants whose strongest examples are removed where training is dear."""
+
+
 def _fashion(quick: bool, seed: int) -> Subject:
     many = 4 if quick else 100
     pictures = fashion_diffusion.load(train=100 if quick else 1000, queries=many)
-    levels = 4 if quick else 50
+    loss = fashion_diffusion.loss()
+    count = 10 if quick else 50
+    bank = noise_bank(Continuous(fashion_diffusion.DEVIATION, most=fashion_diffusion.MOST), count)
     return Subject(
         name="fashion",
         title="clothes, a conditional transformer",
         pictures=pictures,
         recipe=fashion_diffusion.recipe(**({"epochs": 2} if quick else {})),
-        loss=fashion_diffusion.loss(),
-        quality=Quality(
-            fashion_diffusion.loss(levels=levels), f"minus the mean loss at {levels} timesteps"
-        ),
+        loss=loss.at(bank[len(bank) // 20 :: max(1, len(bank) // 10)]),
+        quality=Quality(loss.at(bank), f"minus the mean loss over {count} noise scales"),
         sampler=fashion_diffusion.sampler(),
         subsets=half_subsets(len(pictures.train), 4 if quick else 32),
         seeds=1 if quick else 2,
         generated=many,
-        removal=Removal(2, 2, 5, 5) if quick else Removal(20, 20, 0, 20),
+        removal=Removal(2, 2, 5, 5) if quick else Removal(20, 20, 0, 20, methods=SOME),
         seed=seed,
-        few=2 if quick else 20,
+        few=2 if quick else 10,
     )
 
 

@@ -9,9 +9,13 @@ from forebear import methods
 from forebear.studies.base import Cell, Table
 from forebear.studies.diffusion.entrants import ENTRANTS, RIDGES
 from forebear.studies.diffusion.removal import RANDOM, Changes, Removals
+from forebear.studies.diffusion.timing import PARTS, TimedPieces
 
 if TYPE_CHECKING:
     from forebear.studies.diffusion import Measured
+
+SIMPLE = ("pixels", "pixels_cosine", "embedding")
+"""Likeness of images, for which no diffusion model is needed."""
 
 LABELS = {entrant.key: entrant.label for entrant in ENTRANTS}
 
@@ -33,8 +37,33 @@ def tables(measured: "Measured") -> list[Table]:
     if any(len(each) > 1 for each in measured.scores.values()):
         found.append(_ridges(measured))
     found += _removed(measured.removals)
+    if measured.unlearned:
+        found.append(_unlearning(measured))
     found += [_cost(measured), _per_query(measured)]
     return found
+
+
+def spent(pieces: TimedPieces, rest: float) -> Table:
+    """How long the parts of the study took.
+
+    Args:
+        pieces: all that the study asked for.
+        rest: seconds of this run for what is no piece.
+    """
+    counts = {part: sum(part == other for other, _ in pieces.used.values()) for part in PARTS}
+    rows: list[list[Cell]] = [[part, counts[part], pieces.seconds(part)] for part in PARTS]
+    total = sum(pieces.seconds(part) for part in PARTS) + rest
+    rows += [["judging, tables and figures", None, rest], ["all", sum(counts.values()), total]]
+    shown: list[list[Cell]] = [
+        [part, count, round(seconds, 1), f"{seconds / 60:.1f}"]
+        for part, count, seconds in rows
+        if isinstance(seconds, float)
+    ]
+    note = (
+        "Time of the processor that everything takes from nothing, whichever run did it: pieces "
+        "that a stopped run had not finished are not counted."
+    )
+    return Table("time", "Time", ["part", "pieces", "seconds", "minutes"], shown, note)
 
 
 def _lds(measured: "Measured") -> Table:
@@ -56,8 +85,8 @@ def _lds(measured: "Measured") -> Table:
         "Mean over queries ± half of a 95 % interval from a bootstrap over subsets. The ridge of "
         "the first column is the mean eigenvalue that is not zero; the oracle's was chosen by the "
         "ground truth itself. Passes: time of the processor over that of one forward and backward "
-        "pass over the training images, queries included. The datamodel was fitted to the subsets "
-        "it is judged on."
+        "pass over the training images, all queries and ridges included; of the datamodel, of the "
+        "ground truth. The datamodel was fitted to the subsets it is judged on."
     )
     return Table("lds", "LDS", [*columns, "queries", "passes"], rows, note)
 
@@ -119,6 +148,22 @@ def _single(removals: Removals, key: str) -> list[Cell]:
         return [*row, None, None, None]
     shift = removals.single_shift(key)
     return [*row, shift.ratio, shift.auc, shift.p]
+
+
+def _unlearning(measured: "Measured") -> Table:
+    rows: list[list[Cell]] = []
+    for key, each in measured.unlearned.items():
+        count = len(each["steps"])
+        row: list[Cell] = [label(key), count, sum(each["converged"])]
+        row += [float(np.mean(each[name])) for name in ("steps", "forgotten", "retained")]
+        rows.append(row)
+    columns = ["method", "queries", "reached the bound", "steps", "loss of the query"]
+    note = (
+        "Unlearning ends where the loss of the query reaches 0.95 of that of a network that knows "
+        "nothing, or after 1,000 steps. Steps and losses in the end are means over queries."
+    )
+    title = "How unlearning went"
+    return Table("unlearning", title, [*columns, "loss of training images"], rows, note)
 
 
 def _cost(measured: "Measured") -> Table:
