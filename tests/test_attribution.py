@@ -1,7 +1,9 @@
 """What a file defines, attributed by several methods from the command line."""
 
 import json
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 from typer.testing import CliRunner, Result
@@ -11,6 +13,7 @@ from forebear.cli import app
 from forebear.errors import FormatError, UnknownNameError
 from forebear.gallery import Gallery
 from forebear.run import Run, top_path
+from forebear.zoo import concepts, digits_diffusion
 
 PLAIN = """
 import torch
@@ -166,3 +169,32 @@ def test_options_say_which_method_they_are_for(
     assert done.exit_code == 2
     assert said in done.stderr
     assert json.dumps(done.stdout) == '""'
+
+
+@pytest.mark.parametrize(
+    ("example", "task", "methods", "rows"),
+    [
+        ("generated_digit", digits_diffusion, {"nda": {}}, ["nda", "pixels"]),
+        (
+            "generated_shapes",
+            concepts,
+            {"graddot": {}, "concept_trak": {"draws": 9}},
+            ["graddot", "pixels"],
+        ),
+    ],
+)
+def test_the_examples_run_with_less_training(
+    example: str,
+    task: Any,
+    methods: dict[str, dict[str, Any]],
+    rows: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(task, "recipe", partial(task.recipe, epochs=1))
+    path = Path(__file__).parents[1] / "examples" / f"{example}.py"
+    run = attribute_from_file(path, methods, tmp_path)
+    assert [method.name for method in run.methods] == rows
+    gallery = Gallery.load(tmp_path)
+    assert (gallery.effect is not None) == (example == "generated_digit")
+    assert all(one.concepts for one in gallery.asked) == (example == "generated_shapes")

@@ -1,7 +1,7 @@
 """Whole pipelines: a folder of images, images that were made, and who is behind them."""
 
 import copy
-import importlib
+import importlib.util
 import sys
 from pathlib import Path
 from typing import Any
@@ -253,3 +253,20 @@ def test_networks_are_retrained_together_on_parts_of_a_folder(photos: Path) -> N
     alone = recipe.train(train, masks[1], seed=0).state_dict()
     for name, value in alone.items():
         torch.testing.assert_close(together.state[name][1], value, rtol=1e-6, atol=1e-9)
+
+
+def test_the_example_runs_with_less_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("sklearn")
+    path = Path(__file__).parents[2] / "examples" / "diffusers_folder.py"
+    about = importlib.util.spec_from_file_location("diffusers_folder", path)
+    assert about is not None
+    assert about.loader is not None
+    example = importlib.util.module_from_spec(about)
+    about.loader.exec_module(example)
+    monkeypatch.setattr(example, "COUNT", 30)
+    monkeypatch.setattr(example, "STEPS", 2)
+    example.main(tmp_path)
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert "-0000.png" in page  # a file name under its picture

@@ -37,7 +37,17 @@ from forebear.training.recipe import Recipe
 from forebear.zoo import digits_diffusion
 from forebear.zoo.pictures import half_subsets
 
-FEW = ("random", "pixels", "pixels_cosine", "embedding", "softmax", "graddot", "dtrak", "nda")
+FEW = (
+    "random",
+    "pixels",
+    "pixels_cosine",
+    "embedding",
+    "softmax",
+    "graddot",
+    "dtrak",
+    "nda",
+    "abu_step",
+)
 
 
 def tiny(quick: bool, seed: int) -> Subject:
@@ -53,7 +63,7 @@ def tiny(quick: bool, seed: int) -> Subject:
         subsets=half_subsets(40, 6),
         seeds=2,
         generated=5,
-        removal=Removal(2, 2, 4, 4),
+        removal=Removal(2, 2, 4, 4, methods=("pixels", "graddot")),
         seed=seed,
         few=2,
     )
@@ -71,7 +81,6 @@ def use_tiny(patch: pytest.MonkeyPatch) -> None:
     patch.setitem(subjects.SUBJECTS, "tiny", tiny)
     some = tuple(entrant for entrant in entrants.ENTRANTS if entrant.key in FEW)
     patch.setattr(diffusion, "ENTRANTS", some)
-    patch.setattr(diffusion, "REMOVED", ("pixels", "graddot"))
     patch.setattr(models, "TOGETHER", 4)
 
 

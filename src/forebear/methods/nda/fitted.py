@@ -14,7 +14,7 @@ from torch import Tensor
 from forebear.data import Data
 from forebear.errors import DataError, NumericalWarning, TaskError
 from forebear.executors import Executor, results
-from forebear.methods.fitted import NO_MODEL, Fitted, Piece
+from forebear.methods.fitted import NO_MODEL, Fitted, Piece, require_same_columns
 from forebear.methods.nda.images import checked, images_of
 from forebear.methods.nda.maps import Maps, Places, Sources, places
 from forebear.methods.nda.patches import Rows, Weights, Window, query_rows, tiles, weigh
@@ -188,6 +188,8 @@ class FittedNDA(Fitted):
 
     def _queries(self, queries: Any, ids: Any) -> Data:
         data = Data.of(queries, ids=ids, collate=None if self.task is None else self.task.collate)
+        if isinstance(data.columns, tuple):  # of dicts only the images matter here
+            require_same_columns(self.train, data)
         for images in checked(data, self.method.shape, self.batch_size):
             if tuple(images.shape[1:]) != self._shape:
                 raise DataError(

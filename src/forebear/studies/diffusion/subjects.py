@@ -224,7 +224,7 @@ def _digits_edm(quick: bool, seed: int) -> Subject:
     )
 
 
-SOME = ("pixels", "nda", "das")
+SOME = ("pixels", "das", "trak")
 """Entrants whose strongest examples are removed where training is dear."""
 
 
