@@ -5,7 +5,6 @@ import io
 import re
 import shutil
 from dataclasses import replace
-from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +17,7 @@ from forebear.errors import FormatError
 from forebear.gallery import Asked, Effect, Gallery, Listed, Mapped, Pictured, Regenerated
 from forebear.report import heat, image_words
 from forebear.run import IMAGES, DatasetFacts, MethodResult, Run
+from tests.page_elements import Elements
 
 HOSTILE = "<script><b>&.png"
 
@@ -96,39 +96,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def page(folder: Path) -> str:
     return (folder / "report.html").read_text(encoding="utf-8")
-
-
-class Elements(HTMLParser):
-    """Start tags and texts of a page whose elements are closed in order."""
-
-    VOID = frozenset({"meta", "link", "br", "input", "img", "hr"})
-
-    def __init__(self, page: str) -> None:
-        super().__init__()
-        self.open: list[str] = []
-        self.tags: list[tuple[str, dict[str, str | None]]] = []
-        self.texts: list[str] = []
-        self.feed(page)
-        assert self.open == []
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append((tag, dict(attrs)))
-        if tag not in self.VOID:
-            self.open.append(tag)
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open.pop() == tag
-
-    def handle_data(self, data: str) -> None:
-        if self.open and self.open[-1] not in ("script", "style"):
-            self.texts.append(data)
-
-    @property
-    def text(self) -> str:
-        return " ".join(" ".join(self.texts).replace("\u00a0", " ").split())
-
-    def ids(self) -> set[str]:
-        return {attrs["id"] or "" for _, attrs in self.tags if "id" in attrs}
 
 
 def test_the_page_is_one_file_and_every_picture_has_words(page: str) -> None:

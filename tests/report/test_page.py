@@ -1,7 +1,6 @@
 import json
 import re
 import shutil
-from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +12,7 @@ from safetensors.numpy import load_file
 from forebear import report
 from forebear.report.page import embed
 from forebear.run import DatasetFacts, MethodResult, Run, top_path
+from tests.page_elements import Elements
 
 
 @pytest.fixture(scope="module")
@@ -20,39 +20,6 @@ def page(digits_run: Path) -> str:
     path = report.write(digits_run)
     assert path == digits_run / "report.html"
     return path.read_text(encoding="utf-8")
-
-
-class Elements(HTMLParser):
-    """Collects start tags and checks that elements are closed in order."""
-
-    VOID = frozenset({"meta", "link", "br", "input", "img", "hr"})
-
-    def __init__(self, page: str) -> None:
-        super().__init__()
-        self.open: list[str] = []
-        self.tags: list[tuple[str, dict[str, str | None]]] = []
-        self.texts: list[str] = []
-        self.feed(page)
-        assert self.open == []
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append((tag, dict(attrs)))
-        if tag not in self.VOID:
-            self.open.append(tag)
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open.pop() == tag
-
-    def handle_data(self, data: str) -> None:
-        if self.open and self.open[-1] not in ("script", "style"):
-            self.texts.append(data)
-
-    @property
-    def text(self) -> str:
-        return " ".join(" ".join(self.texts).split())
-
-    def ids(self) -> set[str]:
-        return {attrs["id"] or "" for _, attrs in self.tags if "id" in attrs}
 
 
 def payload(page: str) -> dict:
