@@ -109,7 +109,7 @@ def test_lds_is_that_of_sums_over_the_halves(study: tuple[Path, StudyResult]) ->
 def test_the_folder_is_whole(study: tuple[Path, StudyResult]) -> None:
     folder, result = study
     names = {table.name for table in result.tables}
-    parts = {"ridges", "removal", "pooled", "cost", "per_query", "time"}
+    parts = {"ridges", "removal", "pooled", "cost", "per_query", "time", "unlearning"}
     assert {"lds", "ceiling", *parts} == names
     for name in (*result.figures, "report"):
         assert (folder / (f"{name}.svg" if name in result.figures else "report.html")).is_file()
