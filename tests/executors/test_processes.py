@@ -160,8 +160,11 @@ def test_workers_share_the_pages_of_the_data() -> None:
 
 
 DRIVER = """
-import os, sys, time
+import os, signal, sys, time
 from pathlib import Path
+# As in a terminal, whatever the runner of the tests does about Ctrl-C.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
 import torch
 import forebear as fb
 from forebear.executors import Pieces, results
@@ -221,7 +224,7 @@ def test_workers_end_with_their_driver_and_what_is_done_stays(number: int, tmp_p
             os.killpg(driver.pid, number)  # as Ctrl-C does
         else:
             os.kill(driver.pid, number)
-        _, errors = driver.communicate(timeout=20)
+        _, errors = driver.communicate(timeout=60)
         until(lambda: not any(map(alive, pids)), "workers live on", 5.0)
     finally:
         driver.kill()
