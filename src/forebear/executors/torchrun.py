@@ -9,6 +9,7 @@ import atexit
 import os
 import shutil
 import tempfile
+import time
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -29,6 +30,9 @@ Result = TypeVar("Result")
 
 PATIENCE = timedelta(days=7)
 """How long a process waits for the others, whose pieces may take much longer than its own."""
+
+PAUSE = 0.25
+"""Seconds that a program which is done leaves to the threads of its process group."""
 
 # What a process says before a pass: a number below is a state, any other the kind of its pass.
 DONE, FAILED, IDLE, KINDS = 0, 1, 2, 3
@@ -245,6 +249,10 @@ def _destroy() -> None:
     _groups.clear()
     if dist.is_initialized():
         dist.destroy_process_group()
+        # Sharded parameters leave torch a cache that holds the group and so its threads, which may
+        # still have tensors of the last exchange to let go. They need the interpreter for that, and
+        # take the whole program down (SIGABRT) when it is ending: so it is left to them for a while.
+        time.sleep(PAUSE)
 
 
 def _from_first(make: Callable[[], Result], members: dist.ProcessGroup) -> Result:
