@@ -222,8 +222,32 @@ def test_study_prints_tables_and_findings_in_sentences(
     assert calls[1] == ("removal", tmp_path, {"quick": False, "seed": 3, "threads": None})
 
 
+def test_a_study_gives_work_to_an_executor(monkeypatch: pytest.MonkeyPatch) -> None:
+    from forebear.executors.processes import Processes
+    from forebear.studies import StudyResult
+
+    given: list[object] = []
+
+    def run(name: str, out: Path, *, executor: object, **_: object) -> StudyResult:
+        given.append(executor)
+        return StudyResult(name=name, title="A study", settings={})
+
+    stand_in(monkeypatch, "forebear.studies", run=run)
+    forebear("study", "diffusion", "--executor", "processes:3")
+    assert given == [Processes(workers=3)]
+
+
 def test_an_unknown_study_is_refused() -> None:
     assert "did you mean 'hessians'" in refused("study", "hessian")
+
+
+def test_a_study_says_which_executors_it_has_no_use_for() -> None:
+    assert "one process that gives out work" in refused(
+        "study", "diffusion", "--executor", "torchrun"
+    )
+    text = refused("study", "removal", "--executor", "processes:2")
+    assert "option of the study removal" in text
+    assert "'executor'" in text
 
 
 def test_an_error_has_a_traceback_only_on_request(monkeypatch: pytest.MonkeyPatch) -> None:

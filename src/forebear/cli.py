@@ -244,7 +244,7 @@ def report(
     epilog=examples(
         "forebear study final-model",
         "forebear study final-model --task digits --out runs/digits",
-        "forebear study diffusion --task digits-edm",
+        "forebear study diffusion --task digits-edm --executor processes:2",
         "forebear study removal --quick",
     )
 )
@@ -267,17 +267,27 @@ def study(
     threads: Annotated[
         int | None, typer.Option(min=1, help="Threads to compute with; all when left out.")
     ] = None,
+    executor: Annotated[
+        str | None,
+        typer.Option(
+            help="For diffusion and final-model, where models are retrained and scored: "
+            "processes:N or ray:ADDRESS; here when left out."
+        ),
+    ] = None,
 ) -> None:
     """Run a study: compare methods with what really happens, as tables, figures and a page.
 
     Stopped halfway, the same command resumes.
     """
+    from forebear import executors
     from forebear.progress import progress
     from forebear.studies import run
 
     options: dict[str, Any] = {"quick": quick, "seed": seed, "threads": threads}
     if task is not None:
         options["task"] = task
+    if executor is not None:
+        options["executor"] = executors.get(executor)
     stem = Path(task).stem if task is not None else None
     folder = out or Path("runs") / "-".join(part for part in ("study", name, stem) if part)
     with progress():

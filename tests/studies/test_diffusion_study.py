@@ -1,5 +1,6 @@
 """The study of diffusion models on a few digits: its numbers, its folder, and going on with it."""
 
+import warnings
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,8 +13,9 @@ import torch
 from safetensors.torch import load_file
 from scipy.stats import spearmanr
 
-from forebear.errors import MismatchError, UnknownNameError
-from forebear.studies import StudyResult, diffusion
+from forebear.errors import MismatchError, NumericalWarning, TaskError, UnknownNameError
+from forebear.executors.processes import Processes
+from forebear.studies import StudyResult, diffusion, jobs
 from forebear.studies.diffusion import (
     entrants,
     judging,
@@ -21,7 +23,6 @@ from forebear.studies.diffusion import (
     models,
     removal,
     subjects,
-    timing,
 )
 from forebear.studies.diffusion.findings import (
     _better_together,
@@ -145,7 +146,7 @@ def test_time_is_that_of_all_pieces_whichever_run_made_them(
     use_tiny(monkeypatch)
     again = diffusion.run(folder, task="tiny")
     tables = [next(t for t in each.tables if t.name == "time") for each in (result, again)]
-    assert [row[0] for row in tables[0].rows][:4] == list(timing.PARTS)
+    assert [row[0] for row in tables[0].rows][:4] == list(jobs.PARTS)
     for one, other in zip(*(table.rows[:4] for table in tables), strict=True):
         assert one == other
         assert one[1] > 0  # type: ignore[operator]
@@ -156,21 +157,53 @@ def test_time_is_that_of_all_pieces_whichever_run_made_them(
 def test_a_stopped_piece_is_made_again_and_counted_once(tmp_path: Path) -> None:
     made = []
 
-    def make() -> dict[str, torch.Tensor]:
+    def make() -> jobs.Found:
         made.append(1)
         if len(made) == 1:
             raise KeyboardInterrupt
         sum(range(10**6))
-        return {"x": torch.ones(2)}
+        return {"x": torch.ones(2)}, {"warnings": ["w"]}
 
+    job = jobs.Job("scoring", "one", make)
     with pytest.raises(KeyboardInterrupt):
-        timing.TimedPieces(tmp_path, {}).timed("scoring", "one", make)
-    first, third = (timing.TimedPieces(tmp_path, {}) for _ in range(2))
-    first.timed("scoring", "one", make, {"warnings": ["w"]})
-    _, known = third.timed("scoring", "one", make)
-    assert (len(made), third.made, known["warnings"]) == (2, {}, ["w"])
-    assert third.seconds("scoring") == first.seconds("scoring") == first.made["one"] > 0
-    assert third.seconds("removal") == 0
+        jobs.TimedPieces(tmp_path, {}).read(job)
+    first, third = (jobs.TimedPieces(tmp_path, {}) for _ in range(2))
+    first.make([job], "pieces")
+    tensors, known = third.read(job)
+    assert (len(made), tensors["x"].tolist(), known["warnings"]) == (2, [1, 1], ["w"])
+    assert known["seconds"] == first.made["one"] == third.seconds("scoring") > 0
+    assert not third.made
+
+
+def test_a_method_that_refuses_says_why_and_one_that_warns_is_heard() -> None:
+    def refuse() -> jobs.Found:
+        raise TaskError("not this task")
+
+    def warn() -> jobs.Found:
+        warnings.warn("careful", NumericalWarning, stacklevel=1)
+        return {"x": torch.ones(1)}, {"steps": 3}
+
+    assert jobs.heard(refuse) == ({}, {"refused": "not this task"})
+    assert jobs.heard(warn)[1] == {"steps": 3, "warnings": ["careful"]}
+
+
+def test_numbers_are_the_same_in_other_processes(
+    study: tuple[Path, StudyResult], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, _ = study
+    use_tiny(monkeypatch)
+    subject = tiny(False, 0)
+    spread = jobs.TimedPieces(tmp_path / "pieces", subject.facts(), Processes(workers=2))
+    diffusion.measure(models.train(subject, spread), spread)
+    files = sorted(path.name for path in (folder / "pieces").glob("*.safetensors"))
+    assert sorted(path.name for path in (tmp_path / "pieces").glob("*.safetensors")) == files
+    for name in files:
+        if name != "plain-pass.safetensors":
+            one, other = (load_file(each / "pieces" / name) for each in (folder, tmp_path))
+            for key, tensor in one.items():
+                torch.testing.assert_close(other[key], tensor, rtol=1e-4, atol=1e-5)
+    # Only training and drawing are done by the process that gives out the work.
+    assert set(spread.made) == {"model", "generated"}
 
 
 def test_entrants_with_other_options_have_other_pieces() -> None:

@@ -250,8 +250,8 @@ def _destroy() -> None:
     if dist.is_initialized():
         dist.destroy_process_group()
         # Sharded parameters leave torch a cache that holds the group and so its threads, which may
-        # still have tensors of the last exchange to let go. They need the interpreter for that, and
-        # take the whole program down (SIGABRT) when it is ending: so it is left to them for a while.
+        # still have tensors of the last exchange to let go. That takes the interpreter; while it is
+        # ending, it takes the whole program down (SIGABRT). So they get some time before.
         time.sleep(PAUSE)
 
 

@@ -8,7 +8,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from forebear.errors import unknown_name
+from forebear.errors import ForebearError, unknown_name
 from forebear.studies.base import Finding, Pieces, StudyResult, Table
 
 __all__ = ["STUDIES", "Finding", "Pieces", "StudyResult", "Table", "run"]
@@ -27,6 +27,7 @@ def run(name: str, out: Path, **options: Any) -> StudyResult:
     Raises:
         UnknownNameError: there is no such study, or it has no such option.
         MissingDependencyError: figures need matplotlib.
+        ForebearError: the executor is made of processes that would all run the study.
     """
     if name not in STUDIES:
         raise unknown_name("study", name, STUDIES)
@@ -35,4 +36,8 @@ def run(name: str, out: Path, **options: Any) -> StudyResult:
     for option in options:
         if option not in known:
             raise unknown_name(f"option of the study {name}", option, known)
+    if type(options.get("executor")).__name__ == "Torchrun":
+        raise ForebearError(
+            "executor torchrun: a study is one process that gives out work; use processes:N or ray"
+        )
     return function(out, **options)

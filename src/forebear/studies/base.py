@@ -17,6 +17,7 @@ from typing import Any
 from torch import Tensor
 
 from forebear.errors import DataError, FormatError, MismatchError
+from forebear.executors import write_tensors
 from forebear.types import read_json, read_tensors, write_json
 
 Cell = str | float | int | bool | None
@@ -246,18 +247,20 @@ class Pieces:
                     f"is {facts.get(name)!r}; choose another --out or delete that folder"
                 )
 
+    def has(self, name: str) -> bool:
+        """Whether the piece of that name is there."""
+        return self._path(name).is_file()
+
     def tensors(self, name: str, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
         """The piece of that name: read when it is there, made and written otherwise."""
-        from safetensors.torch import save_file
-
-        path = self.folder / f"{name}.safetensors"
-        if path.is_file():
-            return read_tensors(path)
-        made = {key: tensor.contiguous() for key, tensor in make().items()}
-        partial = path.with_suffix(".partial")
-        save_file(made, partial)
-        partial.replace(path)
+        if self.has(name):
+            return read_tensors(self._path(name))
+        made = make()
+        write_tensors(self._path(name), made)
         return made
+
+    def _path(self, name: str) -> Path:
+        return self.folder / f"{name}.safetensors"
 
 
 def fingerprint(*parts: Any) -> str:

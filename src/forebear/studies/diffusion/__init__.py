@@ -5,17 +5,16 @@ et al. 2024), and against images made again from the same noise after the strong
 """
 
 import time
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from forebear.errors import ForebearError, ForebearWarning
-from forebear.progress import track
+from forebear.executors import Executor, InProcess
 from forebear.studies.base import StudyResult, fingerprint
 from forebear.studies.diffusion import concepts, customised
 from forebear.studies.diffusion.entrants import (
@@ -31,12 +30,19 @@ from forebear.studies.diffusion.figures import draw
 from forebear.studies.diffusion.findings import findings
 from forebear.studies.diffusion.judging import Judgement, ceiling, judge, ranked, standardised
 from forebear.studies.diffusion.likeness import datamodel
-from forebear.studies.diffusion.models import Trained, train
-from forebear.studies.diffusion.removal import Removals, measures, remove
+from forebear.studies.diffusion.models import Trained, ground_truth, train, truth_jobs
+from forebear.studies.diffusion.removal import (
+    Removals,
+    before_jobs,
+    measures,
+    removal_jobs,
+    remove,
+)
 from forebear.studies.diffusion.subjects import subject_of
 from forebear.studies.diffusion.tables import spent, tables
-from forebear.studies.diffusion.timing import SCORING, TRUTH, TimedPieces
 from forebear.studies.figure import require_figures
+from forebear.studies.jobs import SCORING, TRUTH, Found, Job, TimedPieces, heard
+from forebear.training import GroundTruth
 
 SUMMARY = (
     "{m} halves of {n} training images were drawn, and a network was trained on each with {seeds} "
@@ -51,7 +57,8 @@ class Measured:
     """All that was measured.
 
     Attributes:
-        trained: the model, its queries and the ground truth.
+        trained: the model and its queries.
+        truth: what retrained models measure.
         scores: by entrant, `[ridges or 1, q, n]`.
         rows: positions of the queries that an entrant scored, `[q]`.
         judged: by entrant and group of queries, one for each ridge.
@@ -66,6 +73,7 @@ class Measured:
     """
 
     trained: Trained
+    truth: GroundTruth
     scores: Mapping[str, Tensor]
     rows: Mapping[str, Tensor]
     judged: Mapping[str, Mapping[str, list[Judgement]]]
@@ -94,6 +102,7 @@ def run(
     quick: bool = False,
     seed: int = 0,
     threads: int | None = None,
+    executor: Executor | None = None,
 ) -> StudyResult:
     """Train, retrain on halves, score, compare, remove, and write the folder.
 
@@ -103,6 +112,7 @@ def run(
         quick: fewer images, queries and steps; the numbers say nothing.
         seed: of the model.
         threads: to compute with.
+        executor: where networks are retrained, scored and removed from; here when left out.
 
     Raises:
         MissingDependencyError: matplotlib, scikit-learn or the images are not installed.
@@ -112,14 +122,14 @@ def run(
     if threads is not None:
         torch.set_num_threads(threads)
     if task == "concepts":
-        return concepts.run(out, quick=quick, seed=seed)
+        return concepts.run(out, quick=quick, seed=seed, executor=executor)
     if task == "customised":
-        return customised.run(out, quick=quick, seed=seed)
+        return customised.run(out, quick=quick, seed=seed, executor=executor)
     subject = subject_of(task, quick=quick, seed=seed)
     start = time.process_time()
-    pieces = TimedPieces(out / "pieces", subject.facts())
+    pieces = TimedPieces(out / "pieces", subject.facts(), executor or InProcess())
     measured = measure(train(subject, pieces), pieces)
-    truth = measured.trained.truth
+    truth = measured.truth
     figures = draw(measured, out)
     rest = time.process_time() - start - sum(pieces.made.values())
     result = StudyResult(
@@ -131,7 +141,12 @@ def run(
             seeds=len(truth.seeds),
             q=truth.outcomes.shape[2],
         ),
-        settings={**subject.facts(), "quick": quick, "threads": torch.get_num_threads()},
+        settings={
+            **subject.facts(),
+            "quick": quick,
+            "threads": torch.get_num_threads(),
+            "executor": str(pieces.executor),
+        },
         tables=[*tables(measured), spent(pieces, rest)],
         findings=findings(measured),
         figures=figures,
@@ -141,48 +156,54 @@ def run(
 
 
 def measure(trained: Trained, pieces: TimedPieces) -> Measured:
-    """Scores of every entrant, how they do, and what removals change."""
+    """Ground truth, scores of every entrant, how they do, and what removals change."""
     field = Field(trained)
-    one_pass = _plain_pass(field, pieces)
+    plain = Job(SCORING, "plain-pass", partial(_plain_pass, field))
+    entered = {one.key: _scoring(one, field) for one in ENTRANTS if absent(one, field) is None}
+    # Nothing here waits for anything else. Long pieces go first, so that no worker is left with one
+    # while others have nothing to do; the entrants stand in the order of what they cost.
+    retraining = [*truth_jobs(trained.subject, trained.queries), *before_jobs(trained)]
+    pieces.make([*retraining, *reversed(entered.values()), plain], "retraining and scoring")
+    truth = ground_truth(trained.subject, trained.queries, pieces)
+    one_pass = pieces.read(plain)[0]["seconds"].median().item()
     scores: dict[str, Tensor] = {}
     rows: dict[str, Tensor] = {}
     seconds: dict[str, float] = {}
     skipped: dict[str, str] = {}
     warned: dict[str, tuple[str, ...]] = {}
     unlearned: dict[str, dict[str, list[Any]]] = {}
-    for entrant in track(ENTRANTS, "methods", total=len(ENTRANTS)):
-        reason = absent(entrant, field)
-        if reason is None:
-            try:
-                values, about = _entry(entrant, field, pieces)
-            except ForebearError as error:
-                reason = str(error)
-            else:
-                scores[entrant.key], rows[entrant.key] = values, field.rows(entrant)
-                seconds[entrant.key] = about["seconds"]
-                warned[entrant.key] = tuple(about["warnings"])
-                if "unlearning" in about:
-                    unlearned[entrant.key] = about["unlearning"]
-        if reason is not None:
-            skipped[entrant.key] = reason
+    for entrant in ENTRANTS:
+        if entrant.key not in entered:
+            skipped[entrant.key] = absent(entrant, field) or ""
+            continue
+        tensors, about = pieces.read(entered[entrant.key])
+        if "refused" in about:
+            skipped[entrant.key] = about["refused"]
+            continue
+        scores[entrant.key], rows[entrant.key] = tensors["scores"], field.rows(entrant)
+        seconds[entrant.key] = about["seconds"]
+        warned[entrant.key] = tuple(about["warnings"])
+        if "unlearning" in about:
+            unlearned[entrant.key] = about["unlearning"]
     _add_ensembles(scores, rows, seconds)
     seconds["datamodel"] = pieces.seconds(TRUTH)
     rows["datamodel"] = torch.arange(len(trained.queries))
-    scores["datamodel"] = datamodel(trained.truth.subsets, trained.truth.mean_outcomes)[None]
+    scores["datamodel"] = datamodel(truth.subsets, truth.mean_outcomes)[None]
     groups = trained.subject.groups
     return Measured(
         trained=trained,
+        truth=truth,
         scores=scores,
         rows=rows,
         judged={
             key: {
-                name: _judged(trained, values, rows[key], g)
+                name: _judged(truth, values, rows[key], g)
                 for name, g in groups.items()
                 if len(of_group(rows[key], g))
             }
             for key, values in scores.items()
         },
-        ceilings={name: ceiling(trained.truth, g) for name, g in groups.items()},
+        ceilings={name: ceiling(truth, g) for name, g in groups.items()},
         seconds=seconds,
         passes={key: value / one_pass for key, value in seconds.items()},
         skipped=skipped,
@@ -197,27 +218,17 @@ def of_group(rows: Tensor, group: slice) -> Tensor:
     return torch.nonzero((rows >= group.start) & (rows < group.stop))[:, 0]
 
 
-def _judged(trained: Trained, values: Tensor, rows: Tensor, group: slice) -> list[Judgement]:
+def _judged(truth: GroundTruth, values: Tensor, rows: Tensor, group: slice) -> list[Judgement]:
     places = of_group(rows, group)
-    return [judge(each[places], trained.truth, rows[places]) for each in values]
+    return [judge(each[places], truth, rows[places]) for each in values]
 
 
-def _entry(entrant: Entrant, field: Field, pieces: TimedPieces) -> tuple[Tensor, dict[str, Any]]:
-    """Scores of an entrant, the time of the processor they took and what it warned of."""
+def _scoring(entrant: Entrant, field: Field) -> Job:
+    """How the scores of an entrant are made."""
     rows = field.rows(entrant)
     name = f"scores-{entrant.key}-{fingerprint(entrant.settings, rows.tolist())}"
-    about: dict[str, Any] = {}
-
-    def make() -> dict[str, Tensor]:
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always", ForebearWarning)
-            values, found = score(entrant, field, field.trained.queries.select(rows))
-        texts = sorted({str(w.message) for w in caught if issubclass(w.category, ForebearWarning)})
-        about.update(found, warnings=texts)
-        return {"scores": values}
-
-    tensors, known = pieces.timed(SCORING, name, make, about)
-    return tensors["scores"], known
+    asked = field.trained.queries.select(rows)
+    return Job(SCORING, name, partial(heard, partial(score, entrant, field, asked)))
 
 
 def _add_ensembles(
@@ -251,23 +262,20 @@ def _removals(
         if len(places) >= about.targets:
             values = scores[key]
             chosen[key] = values[FIXED if len(values) > 1 else 0][places]
+    pieces.make(removal_jobs(trained, chosen), "removal")
     return {
         name: remove(trained, chosen, pieces, compare)
         for name, compare in measures(field.encoder).items()
     }
 
 
-def _plain_pass(field: Field, pieces: TimedPieces) -> float:
+def _plain_pass(field: Field) -> Found:
     """Seconds of the processor for a forward and a backward pass over the training images."""
     model, loss = field.trained.model, field.shared
-
-    def make() -> dict[str, Tensor]:
-        times = []
-        for _ in range(3):
-            start = time.process_time()
-            for _, batch in field.train.batches(128):
-                torch.autograd.grad(loss(model, batch).mean(), list(model.parameters()))
-            times.append(time.process_time() - start)
-        return {"seconds": torch.tensor(times, dtype=torch.float64)}
-
-    return pieces.timed(SCORING, "plain-pass", make)[0]["seconds"].median().item()
+    times = []
+    for _ in range(3):
+        start = time.process_time()
+        for _, batch in field.train.batches(128):
+            torch.autograd.grad(loss(model, batch).mean(), list(model.parameters()))
+        times.append(time.process_time() - start)
+    return {"seconds": torch.tensor(times, dtype=torch.float64)}, {}

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -12,14 +13,15 @@ from torch import Tensor
 
 from forebear import methods
 from forebear.curvature import NonzeroRelative
-from forebear.errors import ForebearError
-from forebear.progress import track
-from forebear.studies.base import Cell, Finding, Pieces, StudyResult, Table, fingerprint
+from forebear.executors import Executor, InProcess
+from forebear.studies.base import Cell, Finding, StudyResult, Table, fingerprint
 from forebear.studies.diffusion import likeness
 from forebear.studies.diffusion.steps import steps_bring_nearer
 from forebear.studies.figure import FAINT, PALETTE, figure
+from forebear.studies.jobs import SCORING, TRAINING, Found, Job, TimedPieces, heard
 from forebear.task import Task
 from forebear.training.ensemble import Ensemble
+from forebear.training.recipe import Recipe
 from forebear.zoo import concepts
 from forebear.zoo.concepts import Concepts, precision
 
@@ -179,7 +181,7 @@ class Compared:
     changed: float
 
 
-def run(out: Path, *, quick: bool, seed: int) -> StudyResult:
+def run(out: Path, *, quick: bool, seed: int, executor: Executor | None = None) -> StudyResult:
     """Train the networks, rank by every way, and write the folder."""
     data = concepts.load(train=120, each=2) if quick else concepts.load(each=2, pairs=8)
     recipe = concepts.recipe(epochs=5) if quick else concepts.recipe()
@@ -193,11 +195,8 @@ def run(out: Path, *, quick: bool, seed: int) -> StudyResult:
         "networks": seeds,
         "forebear": version("forebear"),
     }
-    pieces = Pieces(out / "pieces", settings)
-    everything = torch.ones(len(seeds), len(data.train), dtype=torch.bool)
-    state = pieces.tensors(
-        "models", lambda: dict(recipe.train_many(data.train, everything, seeds).state)
-    )
+    pieces = TimedPieces(out / "pieces", settings, executor or InProcess())
+    state, _ = pieces.read(Job(TRAINING, "models", partial(_states, recipe, data, seeds)))
     models = Ensemble(recipe.build().eval(), state).models()
     networks = [Trained(Task(model, concepts.loss()), data, settings["draws"]) for model in models]
     compared = compare(networks, pieces)
@@ -206,7 +205,7 @@ def run(out: Path, *, quick: bool, seed: int) -> StudyResult:
         name="diffusion",
         title="Attribution of diffusion models: two concepts in a picture",
         summary=SUMMARY.format(n=len(data.train), networks=len(seeds)),
-        settings={**settings, "quick": quick},
+        settings={**settings, "quick": quick, "executor": str(pieces.executor)},
         tables=[_table(compared.found, data), *([skipped] if compared.skipped else [])],
         findings=findings(compared, data.withheld.numpy()),
         figures={"precision": _draw(compared.found, data, out)},
@@ -215,32 +214,36 @@ def run(out: Path, *, quick: bool, seed: int) -> StudyResult:
     return result
 
 
-def compare(networks: list[Trained], pieces: Pieces) -> Compared:
+def _states(recipe: Recipe, data: Concepts, seeds: tuple[int, ...]) -> Found:
+    everything = torch.ones(len(seeds), len(data.train), dtype=torch.bool)
+    return dict(recipe.train_many(data.train, everything, seeds).state), {}
+
+
+def compare(networks: list[Trained], pieces: TimedPieces) -> Compared:
     """Every way to rank under every network, and what gradients of concepts do."""
+    jobs = {row.key: [_job(row, i, one) for i, one in enumerate(networks)] for row in ROWS}
+    checks = Job(SCORING, "checks", partial(_checks, networks))
+    pieces.make([checks, *(job for each in jobs.values() for job in each)], "rankings")
     found: dict[str, np.ndarray] = {}
     skipped: dict[str, str] = {}
-    for row in track(ROWS, "rankings", total=len(ROWS)):
-        if row.method and row.method not in methods.METHODS:
-            skipped[row.key] = f"this version has no method {row.method!r}"
+    for key, each in jobs.items():
+        made = [pieces.read(job) for job in each]
+        if "refused" in made[0][1]:
+            skipped[key] = made[0][1]["refused"]
             continue
-        name = f"scores-{row.key}-{fingerprint(row.method, row.asked, row.training)}"
-        try:
-            each = [
-                _scores(row, trained, pieces, f"{name}-{i}") for i, trained in enumerate(networks)
-            ]
-        except ForebearError as error:
-            skipped[row.key] = str(error)
-            continue
-        found[row.key] = np.stack(
-            [both(trained.data, s) for trained, s in zip(networks, each, strict=True)]
-        )
-    checks = pieces.tensors("checks", lambda: _checks(networks))
-    return Compared(found, skipped, checks["nearer"].numpy(), checks["changed"].item())
+        pairs = zip(networks, made, strict=True)
+        found[key] = np.stack([both(one.data, scores["scores"]) for one, (scores, _) in pairs])
+    checked, _ = pieces.read(checks)
+    return Compared(found, skipped, checked["nearer"].numpy(), checked["changed"].item())
 
 
-def _scores(row: Row, trained: Trained, pieces: Pieces, name: str) -> Tensor:
-    scores = pieces.tensors(name, lambda: {"scores": row.rank(trained).float()})["scores"]
-    return scores.expand(2, -1, -1)
+def _job(row: Row, place: int, trained: Trained) -> Job:
+    name = f"scores-{row.key}-{fingerprint(row.method, row.asked, row.training)}-{place}"
+    return Job(SCORING, name, partial(heard, partial(_scores, row, trained)))
+
+
+def _scores(row: Row, trained: Trained) -> Found:
+    return {"scores": row.rank(trained).float().expand(2, -1, -1)}, {}
 
 
 def both(data: Concepts, scores: Tensor) -> np.ndarray:
@@ -248,9 +251,9 @@ def both(data: Concepts, scores: Tensor) -> np.ndarray:
     return np.mean([precision(data, scores[c], c, TOP) for c in (0, 1)], axis=0)
 
 
-def _checks(networks: list[Trained]) -> dict[str, Tensor]:
+def _checks(networks: list[Trained]) -> Found:
     nearer = [steps_bring_nearer(one.task.model, concepts.loss(), one.data) for one in networks]
-    return {"nearer": torch.tensor(nearer), "changed": torch.tensor(_change(networks[0]))}
+    return {"nearer": torch.tensor(nearer), "changed": torch.tensor(_change(networks[0]))}, {}
 
 
 def _change(trained: Trained) -> float:

@@ -1,6 +1,5 @@
 """A model customised on a few pictures of something new: who names these pictures?"""
 
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -9,19 +8,19 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor, nn
 
 from forebear import methods, metrics
 from forebear.curvature import NonzeroRelative
 from forebear.data import Data
-from forebear.errors import ForebearError
-from forebear.progress import track
-from forebear.studies.base import Cell, Finding, Pieces, StudyResult, Table, fingerprint
+from forebear.executors import Executor, InProcess
+from forebear.studies.base import Cell, Finding, StudyResult, Table, fingerprint
 from forebear.studies.diffusion import likeness
 from forebear.studies.diffusion.concepts import RIDGE
 from forebear.studies.figure import FAINT, PALETTE, figure
+from forebear.studies.jobs import SCORING, TRAINING, Found, Job, TimedPieces, heard
 from forebear.task import Task
+from forebear.training.recipe import Recipe
 from forebear.zoo import concepts, customised
 from forebear.zoo.pictures import Pictures
 
@@ -138,7 +137,7 @@ ROWS = (
 )
 
 
-def run(out: Path, *, quick: bool, seed: int) -> StudyResult:
+def run(out: Path, *, quick: bool, seed: int, executor: Executor | None = None) -> StudyResult:
     """Train, customise, rank by every method, and write the folder."""
     glyphs = tuple(customised.GLYPHS)[: 1 if quick else None]
     every = {glyph: customised.load(glyph, train=100 if quick else 1000) for glyph in glyphs}
@@ -155,17 +154,21 @@ def run(out: Path, *, quick: bool, seed: int) -> StudyResult:
         "seed": seed,
         "forebear": version("forebear"),
     }
-    pieces = Pieces(out / "pieces", settings)
-    base = _stored(pieces, "model", lambda: recipe.train(first.old, seed=seed))
-    embed = _encoder(first)
-    made = []
+    pieces = TimedPieces(out / "pieces", settings, executor or InProcess())
+    base = _stored(Job(TRAINING, "model", partial(_trained, recipe, first.old, seed)), pieces)
+    again = {
+        glyph: Job(TRAINING, f"model-{glyph}", partial(_customised, base, data, steps))
+        for glyph, data in every.items()
+    }
+    pieces.make(again.values(), "customising")
+    embed, made = _encoder(first), []
     for glyph, data in every.items():
-        again = partial(customised.customise, base, data, steps=steps)
-        model = _stored(pieces, f"model-{glyph}", again)
+        model = _stored(again[glyph], pieces)
         queries = customised.generate(model, each=each)
         made.append(Made(Task(model, concepts.loss()), data, queries, embed, draws))
     found, seconds, skipped = _ranked(made, pieces)
-    return _result(out, made, found, seconds, skipped, {**settings, "quick": quick})
+    settings |= {"quick": quick, "executor": str(pieces.executor)}
+    return _result(out, made, found, seconds, skipped, settings)
 
 
 def _result(
@@ -193,11 +196,19 @@ def _result(
     return result
 
 
-def _stored(pieces: Pieces, name: str, make: Callable[[], nn.Module]) -> nn.Module:
+def _stored(job: Job, pieces: TimedPieces) -> nn.Module:
     """A model whose training is done once."""
     model = customised.build()
-    model.load_state_dict(pieces.tensors(name, lambda: dict(make().state_dict())))
+    model.load_state_dict(pieces.read(job)[0])
     return model.eval()
+
+
+def _trained(recipe: Recipe, data: Data, seed: int) -> Found:
+    return dict(recipe.train(data, seed=seed).state_dict()), {}
+
+
+def _customised(base: nn.Module, data: customised.Customised, steps: int) -> Found:
+    return dict(customised.customise(base, data, steps=steps).state_dict()), {}
 
 
 def _encoder(data: customised.Customised) -> Embed:
@@ -215,33 +226,31 @@ def _encoder(data: customised.Customised) -> Embed:
 
 
 def _ranked(
-    made: list[Made], pieces: Pieces
+    made: list[Made], pieces: TimedPieces
 ) -> tuple[dict[str, list[Tensor]], dict[str, float], dict[str, str]]:
     """Scores of every row for every model, the time of the processor, and who is missing."""
+    jobs = {row.key: [_job(row, one) for one in made] for row in ROWS}
+    pieces.make([job for each in reversed(jobs.values()) for job in each], "rankings")
     found: dict[str, list[Tensor]] = {}
     seconds: dict[str, float] = {}
     skipped: dict[str, str] = {}
-    for row in track(ROWS, "rankings", total=len(ROWS)):
-        if row.method and row.method not in methods.METHODS:
-            skipped[row.key] = f"this version has no method {row.method!r}"
+    for key, each in jobs.items():
+        known = [pieces.read(job) for job in each]
+        if "refused" in known[0][1]:
+            skipped[key] = known[0][1]["refused"]
             continue
-        try:
-            each = [_scores(row, one, pieces) for one in made]
-        except ForebearError as error:
-            skipped[row.key] = str(error)
-            continue
-        found[row.key] = [tensors["scores"] for tensors in each]
-        seconds[row.key] = sum(tensors["seconds"].item() for tensors in each)
+        found[key] = [tensors["scores"] for tensors, _ in known]
+        seconds[key] = sum(about["seconds"] for _, about in known)
     return found, seconds, skipped
 
 
-def _scores(row: Row, one: Made, pieces: Pieces) -> dict[str, Tensor]:
-    def make() -> dict[str, Tensor]:
-        start = time.process_time()
-        scores = row.rank(one).float()
-        return {"scores": scores, "seconds": torch.tensor(time.process_time() - start)}
+def _job(row: Row, one: Made) -> Job:
+    name = f"scores-{one.data.glyph}-{row.key}-{fingerprint(row.label)}"
+    return Job(SCORING, name, partial(heard, partial(_scores, row, one)))
 
-    return pieces.tensors(f"scores-{one.data.glyph}-{row.key}-{fingerprint(row.label)}", make)
+
+def _scores(row: Row, one: Made) -> Found:
+    return {"scores": row.rank(one).float()}, {}
 
 
 def recalls(made: list[Made], scores: list[Tensor]) -> np.ndarray:

@@ -15,6 +15,7 @@ from forebear.errors import ForebearError
 from forebear.methods.diffusion_gradients import ridge_sweep
 from forebear.studies.diffusion import likeness
 from forebear.studies.diffusion.models import Trained
+from forebear.studies.jobs import Found
 from forebear.task import Task
 from forebear.tasks.diffusion import Denoising
 from forebear.tasks.schedules import Discrete
@@ -34,7 +35,7 @@ class Field:
     """What all entrants are scored on.
 
     Attributes:
-        trained: the model, its queries and ground truth.
+        trained: the model and its queries.
     """
 
     trained: Trained
@@ -116,8 +117,6 @@ class Entrant:
 
 def absent(entrant: Entrant, field: Field) -> str | None:
     """Why an entrant cannot take part; None when it can."""
-    if entrant.method and entrant.method not in methods.METHODS:
-        return f"this version has no method {entrant.method!r}"
     if entrant.only and entrant.only != field.trained.subject.name:
         return f"takes part in {entrant.only} only"
     return None
@@ -234,7 +233,7 @@ PAIRS = (("mucs", "das"), ("das", "pixels"), ("das", "abu"))
 """Members of the ensembles."""
 
 
-def score(entrant: Entrant, field: Field, queries: Data) -> tuple[Tensor, dict[str, Any]]:
+def score(entrant: Entrant, field: Field, queries: Data) -> Found:
     """All scores of an entrant, `[ridges or 1, q, n]`, and how unlearning went where it was done.
 
     Raises:
@@ -247,7 +246,7 @@ def score(entrant: Entrant, field: Field, queries: Data) -> tuple[Tensor, dict[s
     first = found[0]
     settings = first.provenance.settings if isinstance(first, Scores) else {}
     about = {key: settings[key] for key in ("unlearning",) if key in settings}
-    return torch.stack([_plain(values).detach().float().cpu() for values in found]), about
+    return {"scores": torch.stack([_plain(one).detach().float().cpu() for one in found])}, about
 
 
 def _plain(values: Scores | Tensor) -> Tensor:

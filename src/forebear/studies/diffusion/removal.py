@@ -1,7 +1,8 @@
 """What retrained models make of the same start noise when a method's images were removed."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -13,7 +14,7 @@ from forebear.metrics.counterfactual import Shift
 from forebear.studies.base import fingerprint
 from forebear.studies.diffusion.models import Trained
 from forebear.studies.diffusion.subjects import Subject
-from forebear.studies.diffusion.timing import REMOVAL, TimedPieces
+from forebear.studies.jobs import REMOVAL, Found, Job, TimedPieces
 
 SEEDS = 2
 """Retrainings of every pooled removal."""
@@ -107,27 +108,48 @@ def measures(embed: Callable[[Tensor], Tensor]) -> dict[str, Compare]:
     }
 
 
-def remove(
-    trained: Trained, scores: Mapping[str, Tensor], pieces: TimedPieces, compare: Compare
-) -> Removals:
-    """Retrain without the strongest examples of the targets, and make all images again.
+def before_jobs(trained: Trained) -> list[Job]:
+    """What models trained on everything make, `[1, targets + bystanders, c, h, w]` a seed."""
+    everything = torch.ones(1, len(trained.subject.train), dtype=torch.bool)
+    return [_job(trained.subject, f"before-{s}", everything, s) for s in _seeds(trained.subject)]
+
+
+def removal_jobs(trained: Trained, scores: Mapping[str, Tensor]) -> list[Job]:
+    """All retrainings without the strongest examples of the targets.
 
     Args:
         trained: the model and what it made.
         scores: of generated images by method, `[g, n]`; the first are the targets.
+    """
+    single = [_single_job(trained, key, lists) for key, lists in _lists(trained, scores).items()]
+    pooled = [
+        job for key, values in scores.items() for job in _pooled_jobs(trained, key, values)[1]
+    ]
+    return [*single, *pooled]
+
+
+def remove(
+    trained: Trained, scores: Mapping[str, Tensor], pieces: TimedPieces, compare: Compare
+) -> Removals:
+    """Compare the images of the removals with what they were.
+
+    Args:
+        trained: the model and what it made.
+        scores: as of `removal_jobs`.
         pieces: what is there is not done again.
         compare: images before and after.
     """
     about = trained.subject.removal
-    single = {}
-    if about.count:
-        for key, lists in _lists(trained, scores, about.count).items():
-            single[key] = _one_by_one(trained, key, lists, pieces, compare)
+    single = {
+        key: _one_by_one(trained, key, lists, pieces, compare)
+        for key, lists in _lists(trained, scores).items()
+    }
+    before = torch.cat([pieces.read(job)[0]["image"] for job in before_jobs(trained)])
     pooled, random, pictures = {}, {}, {}
     for key, values in scores.items():
         lists = strongest(values[: about.targets], about.pooled)
-        masks = _pooled_masks(lists, len(trained.subject.train), trained.subject.seed)
-        before, made = _all_at_once(trained, key, masks, pieces)
+        masks, jobs = _pooled_jobs(trained, key, values)
+        made = torch.stack([pieces.read(job)[0]["image"] for job in jobs])
         pictures[key] = torch.stack([before[0], *made[0]])
         gone = int((~masks[0]).sum())
         mine, chance = (
@@ -143,32 +165,34 @@ def _split(changes: np.ndarray, targets: int, gone: int, shared: float = float("
     return Changes(changes[:, :targets].ravel(), changes[:, targets:].ravel(), gone, shared)
 
 
-def _lists(trained: Trained, scores: Mapping[str, Tensor], count: int) -> dict[str, Tensor]:
-    """Examples to remove for each target, by method and at random, `[t, count]`."""
+def _lists(trained: Trained, scores: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Examples to remove for one target at a time, by method and at random, `[t, count]`."""
     about, n = trained.subject.removal, len(trained.subject.train)
-    lists = {key: strongest(v[: about.targets], count) for key, v in scores.items()}
+    if not about.count:
+        return {}
+    lists = {key: strongest(v[: about.targets], about.count) for key, v in scores.items()}
     generator = torch.Generator().manual_seed(trained.subject.seed)
     drawn = [
-        torch.randperm(n, generator=generator)[:count] for _ in range(about.targets * about.draws)
+        torch.randperm(n, generator=generator)[: about.count]
+        for _ in range(about.targets * about.draws)
     ]
     return {**lists, RANDOM: torch.stack(drawn)}
+
+
+def _single_job(trained: Trained, key: str, lists: Tensor) -> Job:
+    """Images `[t, targets + bystanders, c, h, w]` without each of the lists."""
+    subject = trained.subject
+    masks = torch.stack([without(each, len(subject.train)) for each in lists])
+    # The same images in another order are the same removal.
+    name = f"removed-{key}-{fingerprint(lists.sort(1).values.tolist())}"
+    return _job(subject, name, masks, subject.seed)
 
 
 def _one_by_one(
     trained: Trained, key: str, lists: Tensor, pieces: TimedPieces, compare: Compare
 ) -> Changes:
-    subject, about = trained.subject, trained.subject.removal
-    n, first = len(subject.train), about.targets
-
-    def make() -> dict[str, Tensor]:
-        masks = torch.stack([without(each, n) for each in lists])
-        models = subject.recipe.train_many(subject.train, masks, subject.seed)
-        made = torch.stack([_again(subject, model) for model in models.models()])
-        return {"image": made}
-
-    # The same images in another order are the same removal.
-    name = f"removed-{key}-{fingerprint(lists.sort(1).values.tolist())}"
-    made = pieces.timed(REMOVAL, name, make)[0]["image"]  # [t, targets + bystanders, c, h, w]
+    first = trained.subject.removal.targets
+    made = pieces.read(_single_job(trained, key, lists))[0]["image"]
     before = trained.generated[: made.shape[1]]
     own = torch.arange(len(made)) % first
     targets = compare(made[torch.arange(len(made)), own], before[own])
@@ -176,50 +200,32 @@ def _one_by_one(
     return Changes(targets, np.concatenate(others), lists.shape[1])
 
 
-def _pooled_masks(lists: Tensor, n: int, seed: int) -> Tensor:
-    """Everything but the union of the lists, and everything but as many at random, `[2, n]`."""
-    mine = without(lists, n)
-    generator = torch.Generator().manual_seed(seed + 1)
-    gone = torch.randperm(n, generator=generator)[: int((~mine).sum())]
-    return torch.stack([mine, without(gone, n)])
+def _pooled_jobs(trained: Trained, key: str, scores: Tensor) -> tuple[Tensor, list[Job]]:
+    """What is kept without all lists of a method and without as many at random, `[2, n]`.
 
-
-def _all_at_once(
-    trained: Trained, key: str, masks: Tensor, pieces: TimedPieces
-) -> tuple[Tensor, Tensor]:
-    """Images before `[seeds, g, c, h, w]`, and after, `[seeds, 2, g, c, h, w]`.
-
-    The two are those of the method and of random removals; g are the targets, then bystanders.
+    And how the images `[2, targets + bystanders, c, h, w]` of each seed are made.
     """
-    subject = trained.subject
-    seeds = range(subject.seed, subject.seed + SEEDS)
-    before = _before(trained, seeds, pieces)
-
-    def make() -> dict[str, Tensor]:
-        pairs = [(mask, seed) for seed in seeds for mask in masks]
-        models = subject.recipe.train_many(
-            subject.train, torch.stack([mask for mask, _ in pairs]), [seed for _, seed in pairs]
-        )
-        made = torch.stack([_again(subject, model) for model in models.models()])
-        return {"image": made.unflatten(0, (SEEDS, 2))}
-
-    digest = fingerprint(masks.int().tolist())
-    return before, pieces.timed(REMOVAL, f"pooled-{key}-{digest}", make)[0]["image"]
+    subject, about = trained.subject, trained.subject.removal
+    lists = strongest(scores[: about.targets], about.pooled)
+    mine = without(lists, len(subject.train))
+    generator = torch.Generator().manual_seed(subject.seed + 1)
+    gone = torch.randperm(len(mine), generator=generator)[: int((~mine).sum())]
+    masks = torch.stack([mine, without(gone, len(mine))])
+    name = f"pooled-{key}-{fingerprint(masks.int().tolist())}"
+    return masks, [_job(subject, f"{name}-{seed}", masks, seed) for seed in _seeds(subject)]
 
 
-def _before(trained: Trained, seeds: Sequence[int], pieces: TimedPieces) -> Tensor:
-    """What models trained on everything make, `[seeds, targets + bystanders, c, h, w]`."""
-    subject = trained.subject
-
-    def make() -> dict[str, Tensor]:
-        everything = torch.ones(len(seeds), len(subject.train), dtype=torch.bool)
-        models = subject.recipe.train_many(subject.train, everything, list(seeds))
-        return {"image": torch.stack([_again(subject, model) for model in models.models()])}
-
-    return pieces.timed(REMOVAL, "before", make)[0]["image"]
+def _seeds(subject: Subject) -> range:
+    return range(subject.seed, subject.seed + SEEDS)
 
 
-def _again(subject: Subject, model: torch.nn.Module) -> Tensor:
-    """Targets and bystanders from their own start noise."""
-    about = subject.removal
-    return subject.generate(model, slice(0, about.targets + about.bystanders))
+def _job(subject: Subject, name: str, masks: Tensor, seed: int) -> Job:
+    return Job(REMOVAL, name, partial(_made_again, subject, masks, seed))
+
+
+def _made_again(subject: Subject, masks: Tensor, seed: int) -> Found:
+    """Targets and bystanders from their own start noise, by a model trained on each mask."""
+    models = subject.recipe.train_many(subject.train, masks, seed)
+    some = slice(0, subject.removal.targets + subject.removal.bystanders)
+    images = [subject.generate(model, some) for model in models.models()]
+    return {"image": torch.stack(images)}, {}

@@ -9,7 +9,7 @@ from forebear import methods
 from forebear.studies.base import Cell, Table
 from forebear.studies.diffusion.entrants import ENTRANTS, RIDGES
 from forebear.studies.diffusion.removal import RANDOM, Changes, Removals
-from forebear.studies.diffusion.timing import PARTS, TimedPieces
+from forebear.studies.jobs import PARTS, TimedPieces
 
 if TYPE_CHECKING:
     from forebear.studies.diffusion import Measured

@@ -18,6 +18,7 @@ from torch import Tensor
 from forebear import methods, metrics
 from forebear.curvature import Absolute
 from forebear.errors import ForebearError, ForebearWarning
+from forebear.executors import Executor
 from forebear.metrics.correlation import correlations
 from forebear.progress import track
 from forebear.studies.base import Pieces, StudyResult, Table, fingerprint
@@ -91,6 +92,7 @@ def run(
     quick: bool = False,
     seed: int = 0,
     threads: int | None = None,
+    executor: Executor | None = None,
 ) -> StudyResult:
     """Train, train further with and without examples, score, compare, and write the folder.
 
@@ -101,6 +103,7 @@ def run(
         quick: fewer examples, queries and seeds, and less further training.
         seed: of the model and of the examples left out.
         threads: to compute with.
+        executor: where models are trained further; here when left out.
 
     Raises:
         MissingDependencyError: matplotlib, or scikit-learn for its tables, is not installed.
@@ -111,7 +114,7 @@ def run(
         torch.set_num_threads(threads)
     subject = subject_of(task, quick=quick, seed=seed)
     pieces = Pieces(out / "pieces", subject.facts())
-    outcome = measure(subject, pieces)
+    outcome = measure(subject, pieces, executor)
     result = StudyResult(
         name="final-model",
         title=f"Final-model attribution on {subject.title}",
@@ -132,7 +135,7 @@ SUMMARY = (
 )
 
 
-def measure(subject: Subject, pieces: Pieces) -> Outcome:
+def measure(subject: Subject, pieces: Pieces, executor: Executor | None = None) -> Outcome:
     """Gold standard, scores of every entrant, and how they agree."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", ForebearWarning)
@@ -142,6 +145,7 @@ def measure(subject: Subject, pieces: Pieces) -> Outcome:
             subject.queries,
             left_out=subject.train.ids[subject.left_out.numpy()],
             folder=pieces.folder / "gold",
+            executor=executor,
         )
     gold = response.gold("mean").double().numpy()  # [amounts, q, m]
     field = Field(
