@@ -30,6 +30,7 @@ from forebear.studies.diffusion.findings import (
     _few_levels,
     _late,
     _pooled,
+    _simple,
 )
 from forebear.studies.diffusion.subjects import Quality, Removal, Subject
 from forebear.tasks.schedules import Discrete
@@ -318,6 +319,10 @@ def test_an_ensemble_is_held_against_its_best_member(both: float, holds: bool) -
     assert found is not None
     assert found.holds is holds
     assert "DAS, squared 0.600" in found.measured
+    told.values["mucs+das:z"] = ([0.7, 0.52], [0.7, 0.52])
+    again = _better_together(told)
+    assert again is not None
+    assert again.holds is None  # the interval of the gain holds zero
 
 
 def test_few_levels_are_held_against_many() -> None:
@@ -339,3 +344,24 @@ def test_controls_are_held_against_targets(aside: float, holds: bool) -> None:
     found = _controls(told)
     assert found.holds is holds
     assert f"{aside / 0.5:.2f} times random" in found.measured
+
+
+def test_an_image_is_held_against_its_own_random_removal() -> None:
+    """Targets that move easily by themselves are not what a method aimed at."""
+    easy = np.linspace(1, 3, 9)
+    moved, chance = (removal.Changes(easy + more, np.full(9, more), 30) for more in (0.5, 0.0))
+    shifts = removal.Removals({}, {"das": moved}, {"das": chance}, {})
+    assert shifts.aim("das").p > 0.3
+    assert shifts.aim("das").mean == pytest.approx(0.5)
+
+
+def test_the_best_method_is_compared_on_its_own_queries() -> None:
+    values = {key: ([0.3] * 4, [0.3] * 4) for key in ("pixels", "pixels_cosine", "embedding")}
+    told: Any = Told({**values, "abu_step": ([0.5] * 2, [0.5] * 2)})
+    told.rows["abu_step"] = torch.tensor([0, 1, 4, 5])
+    told.values["pixels"] = ([0.6, 0.6, 0.1, 0.1], [0.2, 0.2, 0.9, 0.9])
+    found = _simple(told)
+    assert found is not None
+    assert found.holds is False
+    assert "validation: AbU+, one step 0.500, Pixel distance 0.600" in found.measured
+    assert "generated: AbU+, one step 0.500, Pixel cosine 0.300" in found.measured

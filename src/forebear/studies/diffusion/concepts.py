@@ -289,7 +289,12 @@ def findings(compared: Compared, withheld: np.ndarray) -> list[Finding]:
                 mean["slider"] >= 0.8,
             )
         )
-    pairs = {"posterior sampling": ("slider", "whole"), "TRAK": ("slider_trak", "trak")}
+    pairs = {
+        "posterior sampling": ("slider", "whole"),
+        "TRAK": ("slider_trak", "trak"),
+        "D-TRAK": ("slider_dtrak", "dtrak"),
+        "DAS": ("slider_das", "das"),
+    }
     for gradients, (one, other) in pairs.items():
         if {one, other} <= set(mean):
             judged.append(

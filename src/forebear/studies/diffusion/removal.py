@@ -30,7 +30,7 @@ class Changes:
     """How far regenerated images are from what they were.
 
     Attributes:
-        targets: `[m]`, of images whose examples were removed.
+        targets: `[m]`, of images whose examples were removed; of all seeds the mean.
         bystanders: `[b]`, of others.
         removed: number of examples removed at a time.
         overlap: mean share of examples that the lists of two targets have in common.
@@ -70,6 +70,15 @@ class Removals:
     def bystander_shift(self, key: str) -> Shift:
         """The same of bystanders, which should not move more."""
         return metrics.removal_shift(self.pooled[key].bystanders, self.random[key].bystanders)
+
+    def aim(self, key: str) -> Shift:
+        """What targets move beyond what random removal moves them, against bystanders.
+
+        Images differ in how easily anything moves them, so each is held against itself first.
+        """
+        mine, chance = self.pooled[key], self.random[key]
+        beyond = mine.targets - chance.targets
+        return metrics.removal_shift(beyond, mine.bystanders - chance.bystanders)
 
 
 def strongest(scores: Tensor, count: int) -> Tensor:
@@ -161,8 +170,12 @@ def remove(
 
 
 def _split(changes: np.ndarray, targets: int, gone: int, shared: float = float("nan")) -> Changes:
-    """Changes `[seeds, targets + bystanders]` as those of either kind."""
-    return Changes(changes[:, :targets].ravel(), changes[:, targets:].ravel(), gone, shared)
+    """Changes `[seeds, targets + bystanders]` as those of either kind.
+
+    Seeds are averaged: retrainings that remove the same examples are not so many more images.
+    """
+    mean = changes.mean(0)
+    return Changes(mean[:targets], mean[targets:], gone, shared)
 
 
 def _lists(trained: Trained, scores: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -184,7 +197,7 @@ def _single_job(trained: Trained, key: str, lists: Tensor) -> Job:
     subject = trained.subject
     masks = torch.stack([without(each, len(subject.train)) for each in lists])
     # The same images in another order are the same removal.
-    name = f"removed-{key}-{fingerprint(lists.sort(1).values.tolist())}"
+    name = f"removed-{key.replace(':', '-')}-{fingerprint(lists.sort(1).values.tolist())}"
     return _job(subject, name, masks, subject.seed)
 
 
@@ -211,7 +224,7 @@ def _pooled_jobs(trained: Trained, key: str, scores: Tensor) -> tuple[Tensor, li
     generator = torch.Generator().manual_seed(subject.seed + 1)
     gone = torch.randperm(len(mine), generator=generator)[: int((~mine).sum())]
     masks = torch.stack([mine, without(gone, len(mine))])
-    name = f"pooled-{key}-{fingerprint(masks.int().tolist())}"
+    name = f"pooled-{key.replace(':', '-')}-{fingerprint(masks.int().tolist())}"
     return masks, [_job(subject, f"{name}-{seed}", masks, seed) for seed in _seeds(subject)]
 
 

@@ -43,7 +43,10 @@ class Quality:
         return -total / len(self.loss.points)
 
 
-REMOVED = ("pixels", "embedding", "nda", "gradcos", "trak", "das", "abu", "mucs")
+REMOVED = (
+    *("pixels", "embedding", "nda", "gradcos", "trak", "das", "abu", "mucs"),
+    *("das+abu:z", "das+pixels:z"),
+)
 """Entrants whose strongest examples are removed."""
 
 
@@ -224,7 +227,7 @@ def _digits_edm(quick: bool, seed: int) -> Subject:
     )
 
 
-SOME = ("pixels", "das", "trak")
+SOME = ("pixels", "trak", "abu", "das+abu:z")
 """Entrants whose strongest examples are removed where training is dear."""
 
 
