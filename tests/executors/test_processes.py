@@ -5,8 +5,10 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import numpy as np
@@ -15,7 +17,8 @@ import torch
 
 import forebear as fb
 from forebear.errors import ForebearError, UnknownNameError
-from forebear.executors import available, get, results
+from forebear.executors import available, forks, get, results
+from forebear.executors.interrupts import held
 
 PIECES = 6
 
@@ -238,6 +241,108 @@ def test_workers_end_with_their_driver_and_what_is_done_stays(number: int, tmp_p
     assert again.returncode == 0, errors
     assert output == "6\n"
     assert kept.stat().st_mtime_ns == written
+
+
+STEPS = [str(Path(forks.__file__).parent / f"{name}.py") for name in ("forks", "processes")]
+EVERY = 7
+"""Of how many lines Ctrl-C comes at one; with 1 the test takes minutes."""
+
+
+class Interrupted:
+    """Ctrl-C comes at a line of the files that deal with workers, counted as they are run."""
+
+    def __init__(self, line: int) -> None:
+        self.line = line
+        self.seen = 0
+
+    def __enter__(self) -> "Interrupted":
+        self.before = signal.signal(signal.SIGINT, signal.default_int_handler), sys.gettrace()
+        sys.settrace(self.trace)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        sys.settrace(self.before[1])
+        signal.signal(signal.SIGINT, self.before[0])
+
+    def trace(self, frame: FrameType, event: str, _: Any) -> Any:
+        if frame.f_code.co_filename not in STEPS:
+            return None
+        if event == "line":
+            self.seen += 1
+            if self.seen == self.line:
+                signal.raise_signal(signal.SIGINT)
+        return self.trace
+
+
+def squares(names: str) -> list[int]:
+    def square(piece: int) -> dict[str, torch.Tensor]:  # goes by value, so workers import no tests
+        return {"square": torch.tensor(piece**2)}
+
+    found = results(square, list(names), "squares", executor=fb.Processes(workers=2))
+    return [int(one["square"]) for one in found]
+
+
+def grandchildren() -> list[int]:
+    """Workers of this process that have not ended, or that nobody has asked for their end."""
+
+    def children(process: int) -> list[int]:
+        tasks = Path(f"/proc/{process}/task").glob("*/children")
+        return [int(child) for path in tasks for child in path.read_text().split()]
+
+    return [worker for child in children(os.getpid()) for worker in children(child)]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_ctrl_c_at_any_line_leaves_no_worker_and_nothing_that_confuses_the_next_run() -> None:
+    def run() -> None:
+        assert squares("abc") == [0, 1, 4]
+
+    run()
+    before = grandchildren()
+    for line in range(3, 10_000, EVERY):
+        try:
+            with Interrupted(line) as interrupted:
+                run()
+        except KeyboardInterrupt:
+            assert grandchildren() == before, line
+            run()
+        else:
+            assert interrupted.seen < line, f"Ctrl-C at line {line} was lost"
+            return
+
+
+def test_ctrl_c_is_held_until_the_end_of_a_step() -> None:
+    steps: list[str] = []
+
+    def nested() -> None:
+        with held():
+            with held():
+                signal.raise_signal(signal.SIGINT)
+                steps.append("inner")
+            steps.append("outer")
+        steps.append("after")
+
+    def twice() -> None:
+        with held():
+            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
+            steps.append("after a second one")
+
+    with Interrupted(-1):  # as in a terminal, whatever the runner of the tests does about Ctrl-C
+        for interrupted in (nested, twice):
+            with pytest.raises(KeyboardInterrupt):
+                interrupted()
+            assert steps == ["inner", "outer"]
+            assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        with held():
+            signal.raise_signal(signal.SIGINT)
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+
+
+def test_two_threads_may_have_workers_at_the_same_time() -> None:
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(squares, ["abcdef"] * 12)) == [[0, 1, 4, 9, 16, 25]] * 12
 
 
 def test_executors_by_name() -> None:

@@ -89,7 +89,7 @@ def client(place: Path) -> Iterator[httpx.Client]:
     with httpx.Client(base_url=address, timeout=30) as client:
         yield client
     process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=20)
+    _, errors = process.communicate(timeout=60)
     assert process.returncode == 0
     assert "Traceback" not in errors
 
@@ -302,13 +302,13 @@ def test_too_many_at_a_time_are_told_to_come_back(tmp_path: Path) -> None:
     class Slow(Searcher):
         def neighbours(self, position: int, question: Any) -> Any:
             begun.set()
-            assert go_on.wait(20)
+            assert go_on.wait(60)
             return super().neighbours(position, question)
 
     app = create(Slow(own_rows(tmp_path)), searches=1, waiting=1)
     with TestClient(app) as client, ThreadPoolExecutor(1) as pool:
         first = pool.submit(client.post, "/search", json={"row": 0, "k": 1})
-        assert begun.wait(20)
+        assert begun.wait(60)
         second = client.post("/search", json={"row": 0, "k": 1})
         assert (second.status_code, set(second.json())) == (503, {"error"})
         assert client.get("/health").status_code == 200
@@ -345,7 +345,7 @@ def test_a_server_ends_when_it_is_told_to(place: Path) -> None:
     process, address = started(place / "store")
     assert httpx.get(f"{address}info").json()["asks"] == ["vector", "row"]
     process.send_signal(signal.SIGTERM)
-    process.communicate(timeout=20)
+    process.communicate(timeout=60)
     assert process.returncode in (0, -signal.SIGTERM)
 
 

@@ -12,6 +12,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 import traceback
 from contextlib import suppress
@@ -20,11 +21,14 @@ from multiprocessing.reduction import recv_handle, send_handle
 from typing import Any, Protocol, cast
 
 from forebear.executors import worker
+from forebear.executors.interrupts import held
 
-# The driver deals with Ctrl-C, which the terminal sends to workers too.
+# The driver deals with Ctrl-C, which the terminal sends to workers too; `_started` keeps it away
+# until here.
 PROGRAM = """
 import json, signal, sys
 signal.signal(signal.SIGINT, signal.SIG_IGN)
+signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
 sys.path[:] = json.loads(sys.argv[1])
 from forebear.executors import forks
 forks.{function}(*map(json.loads, sys.argv[2:]))
@@ -55,6 +59,18 @@ class Process(Protocol):
         ...
 
 
+def prepare(threads: int, path: list[str]) -> None:
+    """Wait until processes can be started at once: seconds the first time, open to Ctrl-C.
+
+    Args:
+        threads: of each library.
+        path: where modules are found.
+    """
+    if sys.platform == "linux":
+        with suppress(EOFError, OSError):  # it was killed; `start` makes another
+            _Nurse.of(threads, path).wait()
+
+
 def start(pieces: Connection, file: int, threads: int, path: list[str]) -> Process:
     """A process that works on pieces.
 
@@ -66,7 +82,7 @@ def start(pieces: Connection, file: int, threads: int, path: list[str]) -> Proce
     """
     try:
         if sys.platform != "linux":  # elsewhere system libraries do not bear a fork
-            return _started("work", (pieces.fileno(), file), threads, path)
+            return _started("work", (pieces.fileno(), file), threads, path, os.getpid())
         try:
             return _Nurse.of(threads, path).fork(pieces.fileno(), file, path)
         except (EOFError, OSError):  # it was killed, or had just ended by itself
@@ -75,22 +91,27 @@ def start(pieces: Connection, file: int, threads: int, path: list[str]) -> Proce
         pieces.close()
 
 
-def work(pieces: int, file: int) -> None:
+def work(pieces: int, file: int, driver: int) -> None:
     """The life of a worker that was started by itself."""
-    worker.serve(pieces, file)
+    worker.serve(pieces, file, driver)
 
 
-def nurse(control: int, modules: list[str]) -> None:
+def nurse(control: int, driver: int, modules: list[str]) -> None:
     """The life of the process that forks workers for one driver.
 
     Args:
         control: the open connection of the driver.
+        driver: its number.
         modules: what is imported beforehand.
     """
     for name in modules:
+        if os.getppid() != driver:
+            return
         with suppress(Exception):  # a worker that needs it says what is wrong
             importlib.import_module(name)
-    asked, driver, children = Connection(control), os.getppid(), 0
+    asked, children = Connection(control), 0
+    with suppress(OSError):
+        asked.send("ready")
     while True:
         try:
             if not _asked(asked, driver, math.inf if children else IDLE):
@@ -98,10 +119,10 @@ def nurse(control: int, modules: list[str]) -> None:
             request = asked.recv()
             if request["ask"] == "fork":
                 pieces, file = recv_handle(asked), recv_handle(asked)
-                child = os.fork()
+                own, child = os.getpid(), os.fork()
                 if child == 0:
                     asked.close()
-                    _be_born(pieces, file, request)
+                    _be_born(pieces, file, own, request)
                 os.close(pieces)
                 os.close(file)
                 children += 1
@@ -124,7 +145,7 @@ def _asked(connection: Connection, driver: int, patience: float) -> bool:
     return True
 
 
-def _be_born(pieces: int, file: int, request: dict[str, Any]) -> None:
+def _be_born(pieces: int, file: int, parent: int, request: dict[str, Any]) -> None:
     """What a forked worker does, up to its end."""
     try:
         import numpy as np
@@ -134,7 +155,7 @@ def _be_born(pieces: int, file: int, request: dict[str, Any]) -> None:
         os.environ.update(request["environment"])
         os.chdir(request["folder"])
         np.random.seed()  # noqa: NPY002  forks would all draw the same
-        worker.serve(pieces, file)
+        worker.serve(pieces, file, parent)
     except BaseException:
         traceback.print_exc()
     finally:
@@ -149,32 +170,55 @@ class _Nurse:
     def __init__(self, threads: int, path: list[str]) -> None:
         ours, theirs = Pipe()
         modules = sorted(name for name in sys.modules if name.startswith("forebear."))
-        self.process = _started("nurse", (theirs.fileno(),), threads, path, modules)
+        self.process = _started("nurse", (theirs.fileno(),), threads, path, os.getpid(), modules)
         theirs.close()
         self.control = cast(Connection, ours)
+        self.ready = False
+        self.lock = threading.Lock()
 
     @classmethod
     def of(cls, threads: int, path: list[str], *, anew: bool = False) -> "_Nurse":
         key = os.getpid(), threads
-        if anew or key not in cls._of:
-            cls._of[key] = cls(threads, path)
-        return cls._of[key]
+        with held():
+            known = cls._of.get(key)
+            if anew or known is None or known.process.poll() is not None:
+                known = cls._of[key] = cls(threads, path)
+        return known
+
+    def wait(self) -> None:
+        """Return when it has imported everything."""
+        while not self.ready:
+            if self.control.poll(1.0):  # Ctrl-C may come here, where nothing is half-way
+                with held(), self.lock:
+                    if not self.ready:  # another thread may have been first
+                        self.control.recv()
+                        self.ready = True
 
     def fork(self, pieces: int, file: int, path: list[str]) -> "_Forked":
         environment = {k: v for k, v in os.environ.items() if k not in THREADS}
         about = {"path": path, "environment": environment, "folder": os.getcwd()}
-        self.control.send({"ask": "fork", **about})
-        for handle in (pieces, file):
-            send_handle(self.control, handle, self.process.pid)
-        return _Forked(self, self.control.recv())
+        self.wait()
+        return _Forked(self, self._answer({"ask": "fork", **about}, pieces, file))
 
     def code(self, pid: int, options: int) -> int | None:
         """The exit code of a worker, None while it lives."""
         try:
-            self.control.send({"ask": "code", "pid": pid, "options": options})
-            return self.control.recv()
+            return self._answer({"ask": "code", "pid": pid, "options": options})
         except (EOFError, OSError):  # it was killed, and its workers end with it
             return -signal.SIGKILL
+
+    def _answer(self, request: dict[str, Any], *handles: int) -> Any:
+        with held(), self.lock:
+            try:
+                self.control.send(request)
+                for handle in handles:
+                    send_handle(self.control, handle, self.process.pid)
+                return self.control.recv()
+            except BaseException:
+                # The answer may still come and would be taken for that of the next request. It
+                # ends when it is let go, and so do its workers.
+                self.control.close()
+                raise
 
 
 class _Forked:
@@ -208,9 +252,13 @@ def _started(
     """A new process that runs a function of this module with open files and arguments."""
     # One started by multiprocessing would run the main program again, guarded or not.
     program = [sys.executable, "-P", "-c", PROGRAM.format(function=function)]
-    return subprocess.Popen(
-        [*program, *map(json.dumps, (path, *handles, *arguments))],
-        pass_fds=handles,
-        stdin=subprocess.DEVNULL,
-        env={**os.environ, **dict.fromkeys(THREADS, str(threads))},
-    )
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+    try:
+        return subprocess.Popen(
+            [*program, *map(json.dumps, (path, *handles, *arguments))],
+            pass_fds=handles,
+            stdin=subprocess.DEVNULL,
+            env={**os.environ, **dict.fromkeys(THREADS, str(threads))},
+        )
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)

@@ -14,6 +14,7 @@ import cloudpickle
 from forebear.errors import ForebearError
 from forebear.executors import forks, shipping
 from forebear.executors.base import Work, missing, require_positive, temporary_folder
+from forebear.executors.interrupts import held
 from forebear.executors.worker import Outcome, Seen
 from forebear.progress import track
 
@@ -75,9 +76,8 @@ class _Worker:
     piece: int
 
     @classmethod
-    def start(cls, file: int, threads: int, piece: int) -> "_Worker":
+    def start(cls, file: int, threads: int, path: list[str], piece: int) -> "_Worker":
         ours, theirs = (cast(Connection, end) for end in Pipe())
-        path = list(shipping.Surroundings.here(threads).path)
         worker = cls(forks.start(theirs, file, threads, path), ours, piece)
         worker.give(piece)
         return worker
@@ -143,8 +143,11 @@ class _Crew:
                     if waiting:
                         self._hire(waiting.popleft())
         finally:
-            for worker in self.workers:
-                worker.stop()
+            with held():
+                for worker in self.workers:
+                    worker.process.kill()
+                for worker in self.workers:
+                    worker.stop()
 
     def _heard(self) -> list[_Worker]:
         """Workers that have something to say or have died."""
@@ -157,11 +160,16 @@ class _Crew:
                 return dead
 
     def _hire(self, piece: int) -> None:
-        self.workers.append(_Worker.start(self.file, self.settings.threads, piece))
+        threads = self.settings.threads
+        path = list(shipping.Surroundings.here(threads).path)
+        forks.prepare(threads, path)
+        with held():  # or there would be a worker that nobody ends
+            self.workers.append(_Worker.start(self.file, threads, path, piece))
 
     def _dismiss(self, worker: _Worker) -> None:
-        self.workers.remove(worker)
-        worker.stop()
+        with held():
+            worker.stop()
+            self.workers.remove(worker)
 
     def _count(self, piece: int, process: forks.Process) -> None:
         self.lost[piece] += 1

@@ -81,16 +81,16 @@ def _pickled(error: BaseException) -> bytes:
     return cloudpickle.dumps(ForebearError(f"{type(error).__qualname__}: {error}"))
 
 
-def serve(pieces: int, file: int) -> None:
+def serve(pieces: int, file: int, parent: int) -> None:
     """The life of a worker process: pieces by number, until the driver lets go or dies.
 
     Args:
         pieces: an open connection that gives numbers and takes outcomes.
         file: the open file of the work.
+        parent: the number of the process that started this one and ends it by ending.
     """
     connection = Connection(pieces)
     numbers: SimpleQueue[int] = SimpleQueue()
-    parent = os.getppid()
     threading.Thread(target=_listen, args=(connection, numbers, parent), daemon=True).start()
     kept: list[Work] = []
 
