@@ -76,7 +76,7 @@ def by_convolution(query: Tensor, train: Tensor) -> Tensor:
 def by_groups(train: Tensor) -> Callable[[Tensor], Tensor]:
     fitted = NDA(patch=PATCH, timesteps=(LEVEL,), keep=None).fit(None, images(train))
     shared = torch.zeros(len(train)).long()
-    return lambda queries: fitted.score(images(queries, keys=shared[: len(queries)])).values
+    return lambda queries: fitted.score({"image": queries, "key": shared[: len(queries)]}).values
 
 
 def in_turn(works: dict[str, Callable[[], Any]], repeats: int) -> dict[str, list[float]]:

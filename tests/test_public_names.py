@@ -43,6 +43,7 @@ NAMES = [
     "NonzeroRelative",
     "Nystrom",
     "Objective",
+    "Pixels",
     "Processes",
     "Random",
     "Ray",

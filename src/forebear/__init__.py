@@ -46,6 +46,7 @@ _PUBLIC = {
     "NewtonStep": "methods.newton_step",
     "NonzeroRelative": "curvature",
     "Objective": "tasks.objective",
+    "Pixels": "methods.pixels",
     "Processes": "executors.processes",
     "Random": "methods.baselines",
     "Ray": "executors.ray",

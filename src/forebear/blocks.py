@@ -65,6 +65,21 @@ class Use:
 
 
 @dataclass(frozen=True)
+class Held:
+    """Bytes that one example's pass holds in memory; they follow from shapes alone.
+
+    Attributes:
+        pass_: what autograd keeps for the way back, and inputs and output gradients of layers.
+        factors: the gradients, factored.
+        written: the same with heavy blocks written out.
+    """
+
+    pass_: int = 0
+    factors: int = 0
+    written: int = 0
+
+
+@dataclass(frozen=True)
 class Plan:
     """Which parameters are seen, by which rule, checked on a real batch.
 
@@ -76,6 +91,8 @@ class Plan:
         coverage: share of the trainable parameters in `blocks`.
         verified: the blocks were compared with autograd.
         unchecked: blocks whose gradient was zero on the examples of that comparison.
+        heavy: blocks whose gradients take more memory factored than written out.
+        held: what an example of a batch takes in memory.
     """
 
     blocks: dict[str, Block]
@@ -85,6 +102,8 @@ class Plan:
     coverage: float = 1.0
     verified: bool = False
     unchecked: tuple[str, ...] = ()
+    heavy: frozenset[str] = frozenset()
+    held: Held = Held()
 
 
 def candidate_blocks(task: Task) -> tuple[dict[str, Block], list[Use], list[str]]:

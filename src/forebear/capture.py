@@ -18,7 +18,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from forebear.blocks import Block, Plan, Use
 from forebear.data import batch_length, map_tensors, require_finite
 from forebear.errors import TaskError
-from forebear.layers import Factors, vector
+from forebear.layers import Factors, is_written, vector, written_out
 from forebear.sharding import agreement, require_whole, to_shards
 from forebear.task import Task, per_example
 
@@ -65,15 +65,27 @@ class Capture:
     Use as a context manager: inside the block hooks are installed and the model is in evaluation
     mode; everything is restored at the end.
 
+    Args:
+        task: the model and what is differentiated.
+        plan: blocks.
+        writes: whether heavy blocks are written out, layer by layer. Inner products stay what they
+            are; second moments of factors, which K-FAC takes, do not.
+
     Attributes:
         failed: blocks that could not be captured, while their plan is still being checked; with a
             checked plan the same is an error.
         half: blocks whose layers computed in float16 or bfloat16.
+        positions: over which each block's gradient was summed, in the last batch, where it was not
+            of one-hot rows.
+        held: bytes that its factors took, or would have taken.
     """
 
-    def __init__(self, task: Task, plan: Plan) -> None:
+    def __init__(self, task: Task, plan: Plan, *, writes: bool = False) -> None:
         self.task = task
         self.plan = plan
+        self._heavy = plan.heavy if writes else frozenset()
+        self.positions: dict[str, int] = {}
+        self.held: dict[str, int] = {}
         self.failed: set[str] = set()
         self.half: set[str] = set()
         self._uses: dict[str, list[Use]] = {}
@@ -135,8 +147,10 @@ class Capture:
             require_finite(values.detach(), "loss")
         if values.requires_grad and calls:
             self._backward(values.sum(), calls)
+        values = values.detach()  # the graph would keep what calls hold
         gradients: Gradients = {name: [] for name in self.plan.blocks}
-        for call in calls:
+        self.positions, self.held = {}, {}
+        for call in _used_up(calls):
             self._collect(call, gradients)
         if self.plan.fallback:
             # Again, one example at a time: what the function remembers of the batch must stay.
@@ -151,7 +165,7 @@ class Capture:
                 require_finite(right, f"gradient of {name!r}")
                 if left.is_floating_point():
                     require_finite(left, f"gradient of {name!r}")
-        return values.detach(), gradients
+        return values, gradients
 
     def _expand(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         # An input shared by all examples (position ids `[1, t]`) would add up their gradients.
@@ -231,12 +245,32 @@ class Capture:
         self._require_kept(call)
         try:
             for use, factors in self._parts(call):
-                gradients[use.block].append(factors)
+                self._add(factors, gradients[use.block], use.block)
         except (AttributeError, KeyError, RuntimeError, ValueError) as error:
             # A subclass may share its parent's name and not its shapes.
             if self.plan.verified:
                 raise
             self._fail(call.module, str(error))
+
+    def _add(self, factors: Factors, terms: list[Factors], name: str) -> None:
+        """One more term of a block's gradient; those of heavy blocks are added up, written out."""
+        left, right = factors
+        block = self.plan.blocks[name]
+        if left.is_floating_point():
+            self.positions[name] = self.positions.get(name, 0) + left.shape[1]
+        self.held[name] = self.held.get(name, 0) + left.nbytes + right.nbytes
+        heavy = name in self._heavy
+        if not self.plan.verified:  # it is not known yet, and any form can be checked
+            heavy = left.shape[1] * (block.rows + block.cols) > block.size
+        if not heavy or block.rule is None or not left.is_floating_point():
+            terms.append(factors)
+            return
+        rows = block.rows
+        there = next((term.right for term in terms if is_written(term, rows)), None)
+        if there is None:
+            terms.append(written_out(left.mT @ right))
+        else:
+            there.baddbmm_(left.mT, right)
 
     def _parts(self, call: _Call) -> list[tuple[Use, Factors]]:
         layer: Any = self.task.model.get_submodule(call.module)
@@ -384,6 +418,13 @@ def _layer_by_layer_attention() -> Iterator[None]:
         yield
     finally:
         torch.backends.mha.set_fastpath_enabled(before)
+
+
+def _used_up(calls: list[_Call]) -> Iterator[_Call]:
+    """Calls in order; none is kept once it was seen, for together they are large."""
+    calls.reverse()
+    while calls:
+        yield calls.pop()
 
 
 def _merge(terms: list[Factors], block: Block) -> list[Factors]:

@@ -169,17 +169,18 @@ def require_finite(values: Tensor, what: str) -> None:
 
 @contextmanager
 def naming(data: Data, rows: slice | Tensor) -> Iterator[None]:
-    """Inside the block, a `NonFiniteError` about positions in a batch gets their ids."""
+    """Inside the block, an error about positions in a batch gets their ids."""
     try:
         yield
-    except NonFiniteError as error:
+    except (DataError, NonFiniteError) as error:
         if error.rows is None:
             raise
-        ids = data.ids[rows][error.rows.cpu().numpy()]
-        shown = ", ".join(map(str, ids[:5])) + (" …" if len(ids) > 5 else "")
-        raise NonFiniteError(
-            f"{error} (ids {shown}): remove or repair them, or raise the precision of the model"
-        ) from None
+        # Batches of a stack of models, and those filled up to a size, have examples twice.
+        ids = list(dict.fromkeys(data.ids[rows][error.rows.cpu().numpy()].tolist()))
+        told = f"{error} (ids {', '.join(map(str, ids[:5]))}{' …' if len(ids) > 5 else ''})"
+        if isinstance(error, NonFiniteError):
+            told += ": remove or repair them, or raise the precision of the model"
+        raise type(error)(told) from None
 
 
 def _leaves(batch: Batch) -> list[Tensor]:

@@ -130,6 +130,7 @@ class Demo:
                 description=_description(model),
                 parameters=sum(p.numel() for p in model.parameters()),
                 hash=task.model_hash(),
+                **{name: task.facts()[name] for name in ("loss", "measure")},
                 train_accuracy=_accuracy(model, train),
                 query_accuracy=_accuracy(model, queries),
             ),

@@ -14,7 +14,12 @@ class TaskError(ForebearError):
 
 
 class DataError(ForebearError):
-    """A dataset is empty, has duplicate ids or rows of the wrong shape."""
+    """A dataset is empty, has duplicate ids or rows that are not what they should be.
+
+    `rows` has the positions in the batch, where single examples are to blame.
+    """
+
+    rows: Any = None
 
 
 class NonFiniteError(ForebearError):

@@ -119,6 +119,26 @@ class Effect:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Familiar:
+    """How well the model knows the images that it made, by its own loss.
+
+    Attributes:
+        losses: of the generated images that the page shows.
+        median: of training images.
+        largest: of them.
+        among: how many training images were looked at.
+        share: their mean loss as a share of that of knowing the mean image alone, at the level of
+            noise where it is smallest; None where nothing can be said.
+    """
+
+    losses: list[float]
+    median: float
+    largest: float
+    among: int
+    share: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
 class Gallery:
     """Everything in `gallery.json`.
 
@@ -127,12 +147,14 @@ class Gallery:
         train: training images in any of the lists, each once.
         side: height and width of the pictures as the model makes them.
         effect: of the removal, where one was made.
+        familiar: what the model's own loss says of the generated images.
     """
 
     asked: list[Asked]
     train: list[Pictured]
     side: list[int]
     effect: Effect | None = None
+    familiar: Familiar | None = None
 
     @classmethod
     def load(cls, folder: str | Path) -> "Gallery":

@@ -15,7 +15,7 @@ from torch import Tensor
 from forebear.blocks import Block, Plan
 from forebear.capture import Gradients
 from forebear.errors import TaskError
-from forebear.layers import Factors, is_one
+from forebear.layers import Factors, is_one, is_written, written_out
 
 Precision = Literal["float32", "bfloat16"]
 """Of the products of all pairs. Models in float64 keep float64 unless it is bfloat16."""
@@ -35,6 +35,8 @@ def materialise(terms: list[Factors], block: Block) -> Tensor:
     for left, right in terms:
         if left.is_floating_point():
             part = _outer(left, right)
+        elif is_written(Factors(left, right), block.rows):
+            part = right
         else:
             part = right.new_zeros(len(left), block.rows, block.cols)
             part.scatter_add_(1, left[:, :, None].expand_as(right), right)
@@ -177,6 +179,8 @@ def _joined_terms(parts: list[list[Factors]], floating: bool) -> Factors:
             )
         terms.append(same[0])
     longest = max(term.left.shape[1] for term in terms)
+    if all(is_written(term, longest) for term in terms):
+        return written_out(torch.cat([term.right for term in terms]))
 
     def padded(x: Tensor) -> Tensor:
         missing = longest - x.shape[1]

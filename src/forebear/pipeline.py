@@ -10,8 +10,10 @@ import numpy as np
 
 from forebear import methods, metrics
 from forebear.data import Data
+from forebear.descriptions import same, shown
 from forebear.errors import DataError, FormatError, MismatchError
 from forebear.executors import Executor
+from forebear.methods.belonging import require_same_task
 from forebear.methods.features import build_store, query_features
 from forebear.methods.fitted import Fitted, require_same_state
 from forebear.methods.settings import method_of, settings_of
@@ -66,7 +68,7 @@ def load(folder: str | Path, task: Task | None, train: Any = None, *, method: An
     Raises:
         FormatError: the folder is missing or damaged, or its configuration has parts that this
             version does not know.
-        MismatchError: model or training set differ from those of the fit.
+        MismatchError: model, training set, loss or layers differ from those of the fit.
     """
     about = read_json(Path(folder) / "fitted.json")
     missing = {"settings", "model", "train", "train_ids"} - set(about)
@@ -82,9 +84,15 @@ def load(folder: str | Path, task: Task | None, train: Any = None, *, method: An
     require_same_state(about, task, data)
     if method is None:
         method = method_of(about["settings"])
-    elif settings_of(method) != about["settings"]:
-        raise MismatchError(f"method= has settings {settings_of(method)}; saved were others")
-    return method.restore(task, data, read_tensors(Path(folder) / "fitted.safetensors"))
+    elif not same(own := settings_of(method), about["settings"]):
+        raise MismatchError(
+            f"method= has settings {shown(own, about['settings'])}; saved were "
+            f"{shown(about['settings'], own)}: pass the configuration that was fitted, or fit again"
+        )
+    fitted = method.restore(task, data, read_tensors(Path(folder) / "fitted.safetensors"))
+    # What it looks at: some methods have noise levels of their own, whatever those of the task.
+    require_same_task(about, method, fitted.task)
+    return fitted
 
 
 def evaluate(scores: Scores, truth: GroundTruth) -> dict[str, Any]:

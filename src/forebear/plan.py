@@ -1,12 +1,13 @@
 """Deciding which parameters a method sees, and checking it against autograd on a real batch."""
 
 import warnings
+from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from forebear.blocks import Block, Plan, Use, candidate_blocks
+from forebear.blocks import Block, Held, Plan, Use, candidate_blocks
 from forebear.capture import Capture, dense_gradients, only_these_need_gradients
 from forebear.data import Data, map_tensors, naming
 from forebear.errors import CoverageWarning, TaskError
@@ -48,6 +49,7 @@ def make_plan(task: Task, data: Data) -> Plan:
                 _, gradients = capture.gradients(task.losses, batch)
             torch.manual_seed(0)
             truth = _autograd(task, batch, weights)
+            kept = graph_bytes(task, batch)
     noise = NOISE * sum(whole(g.double().square().sum()) for g in truth.values()) ** 0.5
     wrong = capture.failed | {
         name
@@ -62,7 +64,48 @@ def make_plan(task: Task, data: Data) -> Plan:
         for name, block in blocks.items()
         if name not in wrong and not any(whole(truth[p]).any() for p in block.parameters)
     )
-    return _complete(task, blocks, uses, wrong, leftover, unchecked)
+    plan = _complete(task, blocks, uses, wrong, leftover, unchecked)
+    return _weighed(plan, capture, kept // PROBE, task.model)
+
+
+def _weighed(plan: Plan, capture: Capture, graph: int, model: nn.Module) -> Plan:
+    """The plan with what an example takes, of whose pass autograd keeps `graph` bytes."""
+    heavy, factors, written, outputs = set(), 0, 0, 0
+    for name, block in plan.blocks.items():
+        entry = model.get_parameter(block.parameters[0]).element_size()
+        size, positions = max(entry, 4) * block.size, capture.positions.get(name, 0)
+        each = capture.held.get(name, PROBE * size) // PROBE
+        if block.rule is not None and positions * (block.rows + block.cols) > block.size:
+            heavy.add(name)
+        factors += each
+        written += size if name in heavy else each
+        outputs += max(entry, 4) * positions * block.rows  # their gradients
+    held = Held(graph + outputs, factors, written)
+    return replace(plan, heavy=frozenset(heavy), held=held)
+
+
+def graph_bytes(task: Task, batch: Any) -> int:
+    """Bytes that autograd keeps for the way back of a plain pass, beside the parameters.
+
+    They depend on shapes only. The model should be in evaluation mode. None are counted of a
+    sharded one, whose weights come and go.
+    """
+    if is_sharded(task.model):
+        return 0
+    own = {p.untyped_storage().data_ptr() for p in task.model.parameters()}
+    sizes: dict[int, int] = {}
+
+    def keep(x: Tensor) -> Tensor:
+        storage = x.untyped_storage()
+        if storage.data_ptr() not in own:
+            sizes[storage.data_ptr()] = storage.nbytes()
+        return x
+
+    hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x)
+    with torch.enable_grad(), hooks:
+        values = task.losses(task.model, batch)
+    del values
+    return sum(sizes.values())
 
 
 def _complete(

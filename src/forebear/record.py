@@ -12,13 +12,18 @@ from typing import Any
 import numpy as np
 import torch
 
-from forebear.data import Data, map_tensors
+from forebear.data import Data, batch_length, map_tensors
+from forebear.descriptions import same, shown
 from forebear.errors import MismatchError
 from forebear.methods.fitted import version
+from forebear.plan import PROBE, graph_bytes
 from forebear.run import IMAGES, DatasetFacts, ModelFacts, Run, scores_folder
-from forebear.stream import BATCH
+from forebear.stream import BATCH, fitting
 from forebear.task import Task
 from forebear.types import read_json
+
+LONG = 2.0
+"""Seconds of a plain pass beyond which it is made once."""
 
 
 def open_run(
@@ -35,12 +40,16 @@ def open_run(
         kind: of a new run, and of one that is there.
 
     Raises:
-        MismatchError: the folder holds a run of another kind, model or data.
+        MismatchError: the folder holds a run of another kind, model, loss, measurement or data, or
+            one of a version that did not record the loss.
     """
+    asked = task.facts()
     model = ModelFacts(
         description=type(task.model).__name__,
         parameters=sum(p.numel() for p in task.model.parameters()),
         hash=task.model_hash(),
+        loss=asked["loss"],
+        measure=asked["measure"],
     )
     dataset = DatasetFacts(
         name=name, train=len(train), queries=len(queries), fingerprint=train.fingerprint
@@ -73,7 +82,25 @@ def open_run(
                 f"{out} holds a run of another {what} ({theirs}, this one is {mine}): choose "
                 "another --out, or delete the folder"
             )
+    _require_same_questions(out, run, model)
     return run
+
+
+def _require_same_questions(out: Path, run: Run, model: ModelFacts) -> None:
+    """Refuse to add to scores of another loss: on one page they would be taken for the same."""
+    remedy = "choose another --out, or delete the folder"
+    for name, noun in (("loss", "loss"), ("measure", "measurement")):
+        mine, theirs = getattr(model, name), getattr(run.model, name, None)
+        if theirs is None:
+            raise MismatchError(
+                f"{out} holds a run of a version that did not record the {noun}, so others cannot "
+                f"be added to it: {remedy}"
+            )
+        if not same(theirs, mine):
+            raise MismatchError(
+                f"{out} holds a run of another {noun} ({shown(theirs, mine)}, this one is "
+                f"{shown(mine, theirs)}): {remedy}"
+            )
 
 
 def write_texts(out: Path, texts: Mapping[str, Mapping[Any, str]]) -> None:
@@ -87,12 +114,15 @@ def write_texts(out: Path, texts: Mapping[str, Mapping[Any, str]]) -> None:
 
 
 def plain_pass_seconds(task: Task, train: Data, *, batch_size: int = BATCH) -> float:
-    """Median time of one plain forward and backward pass over the training set, of three."""
+    """Median time of one plain forward and backward pass over the training set, of three.
+
+    A pass that takes seconds is made once. Batches are so small that they fit into memory.
+    """
     parameters = [p for p in task.model.parameters() if p.requires_grad]
 
-    def once() -> float:
+    def once(size: int) -> float:
         started = time.perf_counter()
-        for _, batch in train.batches(batch_size):
+        for _, batch in train.batches(size):
             moved = map_tensors(lambda t: t.to(task.device), batch)
             torch.autograd.grad(
                 task.losses(task.model, moved).mean(), parameters, allow_unused=True
@@ -100,8 +130,11 @@ def plain_pass_seconds(task: Task, train: Data, *, batch_size: int = BATCH) -> f
         return time.perf_counter() - started
 
     with task.evaluation(), torch.enable_grad():
-        once()
-        return median(once() for _ in range(3))
+        some = map_tensors(lambda t: t.to(task.device), train.batch(slice(0, PROBE)))
+        # Gradients on the way back take as much again.
+        size = fitting(2 * graph_bytes(task, some) // batch_length(some), batch_size)
+        first = once(size)
+        return first if first > LONG else median(once(size) for _ in range(3))
 
 
 def environment() -> dict[str, Any]:

@@ -59,13 +59,19 @@ class DatasetFacts:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelFacts:
-    """What was trained; accuracies are shares of one."""
+    """What was trained; accuracies are shares of one.
+
+    `loss` and `measure` are descriptions of what training lowered and of what is asked; None in
+    records of earlier versions.
+    """
 
     description: str
     parameters: int
     hash: str = ""
     train_accuracy: float | None = None
     query_accuracy: float | None = None
+    loss: Any = None
+    measure: Any = None
 
 
 @dataclass(frozen=True, kw_only=True)

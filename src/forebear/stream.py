@@ -14,6 +14,10 @@ from forebear.progress import track
 from forebear.task import Task
 
 BATCH = 512
+"""Examples at a time by default, and fewer where so many would not fit into `WORKING_BYTES`."""
+
+WORKING_BYTES = 2**28
+"""What the examples of a batch may take where the batch size is left to forebear (256 MB)."""
 
 PIECE = 8192
 """Examples that sums are formed over before they are added up, wherever that is done."""
@@ -34,6 +38,7 @@ class Stream:
         data: what to run over.
         batch_size: examples at a time; changes no result beyond rounding.
         executor: where single passes over the data are made; in this process when None.
+        writes: whether gradients are written out where that takes less memory than their factors.
     """
 
     task: Task
@@ -41,6 +46,18 @@ class Stream:
     data: Data
     batch_size: int = BATCH
     executor: Executor | None = None
+    writes: bool = False
+
+    @property
+    def step(self) -> int:
+        """Examples at a time, chosen where the batch size is the default."""
+        return fitting(self.held, self.batch_size)
+
+    @property
+    def held(self) -> int:
+        """Bytes that an example takes while its batch is worked on."""
+        held = self.plan.held
+        return 2 * held.pass_ + 2 * (held.written if self.writes else held.factors)
 
     def gradients(
         self, function: Function, description: str
@@ -50,7 +67,7 @@ class Stream:
         Raises:
             NonFiniteError: with the ids of the examples.
         """
-        with Capture(self.task, self.plan) as capture:
+        with Capture(self.task, self.plan, writes=self.writes) as capture:
             for rows, batch in self.batches(description):
                 with naming(self.data, rows):
                     found = self.taken(capture, function, batch)
@@ -58,7 +75,8 @@ class Stream:
 
     def at(self, rows: slice, function: Function) -> tuple[Tensor, Gradients]:
         """Values and gradients of one batch."""
-        with Capture(self.task, self.plan) as capture, naming(self.data, rows):
+        capturing = Capture(self.task, self.plan, writes=self.writes)
+        with capturing as capture, naming(self.data, rows):
             return self.taken(capture, function, self.data.batch(rows))
 
     def taken(self, capture: Capture, function: Function, batch: Batch) -> tuple[Tensor, Gradients]:
@@ -67,12 +85,22 @@ class Stream:
 
     def batches(self, description: str) -> Iterator[tuple[slice, Batch]]:
         """Positions and batches, with a progress bar."""
-        steps = -(-len(self.data) // self.batch_size)
-        return track(self.data.batches(self.batch_size), description, total=steps)
+        steps = -(-len(self.data) // self.step)
+        return track(self.data.batches(self.step), description, total=steps)
 
     def part(self, rows: slice) -> "Stream":
         """The stream of some examples, here."""
         return replace(self, data=self.data.slice(rows), executor=None)
+
+
+def fitting(held: int, batch_size: int) -> int:
+    """Examples at a time that hold so many bytes each; other numbers than the default stay.
+
+    Shapes alone decide, not what memory is free, so that results can be repeated anywhere.
+    """
+    if batch_size != BATCH or not held:
+        return batch_size
+    return max(1, min(BATCH, WORKING_BYTES // held))
 
 
 def is_elsewhere(executor: Executor | None) -> bool:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from forebear.data import batch_length
+from forebear.descriptions import describe
 from forebear.errors import EvaluationModeWarning, FormatError, TaskError, unknown_name
 from forebear.sharding import in_step, require_whole, spread, to_shards, whole
 from forebear.tasks.objective import Objective
@@ -284,6 +285,15 @@ class Task:
         Of a sharded model it is that of the whole weights, which all processes must ask for.
         """
         return state_hash(self.model.state_dict())
+
+    def facts(self) -> dict[str, Any]:
+        """Descriptions of loss and measurement, and the layers, as records name them."""
+        asked = "minus the loss" if self.measure is None else describe(self.measure)
+        return {
+            "loss": describe(self.loss),
+            "measure": asked,
+            "layers": None if self.layers is None else list(self.layers),
+        }
 
     def copy_model(self) -> nn.Module:
         """An independent copy of the model.

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from forebear.descriptions import same, shown
 from forebear.errors import DataError, FormatError, MismatchError, TaskError, unknown_name
 
 FORMAT = 1
@@ -26,7 +27,8 @@ class Provenance:
 
     `units` is `"removal"` (the measurement with the example minus without it, 1/n included) or
     `"ranking"` (only the order counts). `coverage` is the share of the trainable parameters seen;
-    None for methods that use no gradients.
+    None for methods that use no gradients. `loss` and `measure` describe what was trained and what
+    is asked, or are None where that was not recorded: they are compared where both are known.
     """
 
     method: str
@@ -39,14 +41,18 @@ class Provenance:
     seed: int | None = None
     version: str = ""
     sign: str = "positive scores are proponents"
+    loss: Any = None
+    measure: Any = None
 
     def require_same(self, other: "Provenance", fields: tuple[str, ...]) -> None:
         """Raise `MismatchError` naming the first of `fields` that differs."""
         for name in fields:
             mine, theirs = getattr(self, name), getattr(other, name)
-            if mine != theirs:
+            unknown = name in ("loss", "measure") and (mine is None or theirs is None)
+            if not (unknown or same(mine, theirs)):
                 raise MismatchError(
-                    f"{name} differs: {mine!r} against {theirs!r}; these belong to another "
+                    f"{name} differs: {shown(mine, theirs)} against {shown(theirs, mine)}; these "
+                    f"belong to another "
                     f"{_NOUNS.get(name, name)} and must not be mixed"
                 )
 

@@ -74,6 +74,94 @@ def test_photographs_are_turned_upright(tmp_path: Path) -> None:
     assert torch.equal(image[3:], -torch.ones(3, 6))
 
 
+def only(path: Path, *, grey: bool = False) -> Tensor:
+    """The one image of a folder, in levels from 0 to 255."""
+    image = fb.diffusers.folder(path, size=4, grey=grey).batch(slice(None))["image"]
+    return (image[0] + 1) * 127.5
+
+
+def test_sixteen_bits_keep_their_greys(tmp_path: Path) -> None:
+    greys = np.linspace(0, 255, 16).round().reshape(4, 4)
+    Image.fromarray((greys * 257).astype(np.uint16)).save(tmp_path / "deep.png")
+    with Image.open(tmp_path / "deep.png") as opened:
+        assert opened.mode.startswith("I")
+    torch.testing.assert_close(only(tmp_path, grey=True)[0], torch.tensor(greys).float())
+    torch.testing.assert_close(only(tmp_path), torch.tensor(greys).float().expand(3, 4, 4))
+
+
+def test_transparent_pixels_are_white_whatever_colour_they_hide(tmp_path: Path) -> None:
+    """Red, half of it transparent or nearly so, in every way that PNG has to say so."""
+    red = np.zeros((4, 4, 4), np.uint8)
+    red[..., 0], red[2:, :, 3], red[:2, :, 3] = 200, 255, 0
+    full = Image.fromarray(red)
+    palette = Image.fromarray(np.repeat(np.array([[0], [0], [1], [1]], np.uint8), 4, 1), "P")
+    palette.putpalette([0, 255, 0, 200, 0, 0])
+    keyed = Image.new("RGB", (4, 4), (1, 2, 3))
+    keyed.paste((200, 0, 0), (0, 2, 4, 4))
+    expected = torch.tensor([255.0, 255.0, 255.0])[:, None, None].repeat(1, 4, 4)
+    expected[:, 2:] = torch.tensor([200.0, 0.0, 0.0])[:, None, None]
+    named: list[tuple[Image.Image, Any]] = [(full, None), (palette, 0), (keyed, (1, 2, 3))]
+    for picture, hidden in named:
+        picture.save(tmp_path / "a.png", **({} if hidden is None else {"transparency": hidden}))
+        torch.testing.assert_close(only(tmp_path), expected)
+    grey = np.array([[[50, 0], [50, 255]], [[50, 51], [50, 102]]], np.uint8).repeat(2, 0)
+    Image.fromarray(grey.repeat(2, 1)).save(tmp_path / "a.png")
+    found = only(tmp_path, grey=True)[0, ::2, ::2]
+    torch.testing.assert_close(found, torch.tensor([[255.0, 50.0], [214.0, 173.0]]))
+
+
+@pytest.mark.parametrize(
+    ("mode", "suffix", "colour", "close"),
+    [
+        ("1", "png", (255, 255, 255), 0),
+        ("L", "png", (120, 120, 120), 0),
+        ("P", "png", (200, 90, 30), 0),
+        ("P", "bmp", (200, 90, 30), 0),
+        ("CMYK", "jpg", (200, 90, 30), 3),
+    ],
+)
+def test_every_kind_of_file_gives_its_colours(
+    mode: str, suffix: str, colour: tuple[int, int, int], close: int, tmp_path: Path
+) -> None:
+    picture = Image.new("RGB", (4, 4), colour).convert(mode)
+    if mode == "P":
+        picture = Image.new("P", (4, 4), 1)
+        picture.putpalette([0, 0, 0, *colour])
+    picture.save(tmp_path / f"a.{suffix}")
+    with Image.open(tmp_path / f"a.{suffix}") as opened:
+        assert opened.mode == mode
+    found = only(tmp_path)
+    assert (found - torch.tensor(colour).float()[:, None, None]).abs().max() <= close + 1e-3
+
+
+def test_hidden_files_are_no_images(tmp_path: Path) -> None:
+    write(tmp_path / "a.png", noise(4, 4, 3))
+    write(tmp_path / ".thumbnails/a.png", noise(4, 4, 3))
+    (tmp_path / "._a.png").write_bytes(b"of macOS")
+    assert fb.diffusers.folder(tmp_path, size=4).ids.tolist() == ["a.png"]
+    (tmp_path / "a.png").unlink()
+    with pytest.raises(DataError, match="begins with a dot"):
+        fb.diffusers.folder(tmp_path, size=4)
+
+
+def test_captions_in_another_encoding_are_named(tmp_path: Path) -> None:
+    write(tmp_path / "a.png", noise(4, 4, 3))
+    (tmp_path / "a.txt").write_bytes("un café".encode("latin1"))
+    with pytest.raises(
+        DataError, match=r"a\.txt is not UTF-8 \(byte 6 is 0xe9\): save it as UTF-8"
+    ):
+        fb.diffusers.captions(tmp_path)
+    (tmp_path / "a.txt").write_bytes("un café\n".encode("utf-8-sig"))
+    assert fb.diffusers.captions(tmp_path) == {"a.png": "un café"}
+    table = tmp_path / "metadata.jsonl"
+    table.write_bytes('{"file_name": "a.png", "text": "un café"}'.encode("latin1"))
+    with pytest.raises(DataError, match=r"metadata\.jsonl is not UTF-8"):
+        fb.diffusers.captions(tmp_path)
+    table.write_text('{"file_name": "a.png", "text": null}')
+    with pytest.raises(DataError, match=r"1 of 1 images have no caption"):
+        fb.diffusers.captions(tmp_path)
+
+
 def test_keys_belong_to_names_whatever_else_is_in_the_folder(tmp_path: Path) -> None:
     for i in range(3):
         write(tmp_path / f"{i}.png", noise(4, 4, seed=i))

@@ -401,7 +401,7 @@ def test_the_model_is_left_as_it_was(model: nn.Module) -> None:
     fit = fitted(net, mode="step", steps=2)
     broken = {**QUERIES, "image": QUERIES["image"].clone()}
     broken["image"][3] = float("nan")
-    with pytest.raises(NonFiniteError, match=r"query q3"):
+    with pytest.raises(NonFiniteError, match=r"ids q3"):
         fit.score(broken, ids=[f"q{i}" for i in range(Q)])
     fit.task.loss.call = lambda *_: 1 / 0
     with pytest.raises(ZeroDivisionError):

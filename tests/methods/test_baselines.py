@@ -7,6 +7,8 @@ import torch
 from torch import Tensor, nn
 
 import forebear as fb
+from forebear.tasks.diffusion import Point
+from tests.denoising_cases import case
 
 LOSS = fb.losses.cross_entropy
 
@@ -40,6 +42,32 @@ def test_similarity_compares_what_a_layer_gets_to_see(metric: Any, layer: str | 
     assert scores.provenance.coverage is None
     own = z.square().sum(1) if metric == "dot" else torch.ones(25, dtype=torch.float64)
     assert torch.allclose(fitted.self_influence(), own)
+
+
+def test_of_a_denoiser_the_least_noisy_level_is_looked_at() -> None:
+    """Hidden states by hand, at one level, for schedules whose levels fall and rise."""
+    task, train, queries = case()
+    model, loss = task.model, task.objective
+    for level, settings in ((100, {}), (900, {"level": 900})):
+        states = []
+        for data in (queries, train):
+            noisy = loss.noisy(data, Point(level, 0))  # type: ignore[attr-defined]
+            told = torch.cat([noisy.flatten(1), torch.full((len(noisy), 1), level / 1000)], 1)
+            states.append(torch.tanh(model.first(told.double())).detach())  # type: ignore[operator]
+        q, z = (state / state.norm(dim=1, keepdim=True) for state in states)
+        found = fb.Similarity(**settings).fit(task, train).score(queries).values
+        torch.testing.assert_close(found, q @ z.T)
+    turned = fb.Task(model, fb.losses.Denoising(levels=(900, 100, 500)))
+    again = fb.Similarity().fit(turned, train).score(queries).values
+    torch.testing.assert_close(again, fb.Similarity().fit(task, train).score(queries).values)
+
+
+def test_a_level_needs_a_denoising_task() -> None:
+    with pytest.raises(fb.errors.TaskError, match="level is 5 and the task's loss has no levels"):
+        fb.Similarity(level=5).fit(fb.Task(network(), LOSS), TRAIN)
+    task, train, _ = case()
+    with pytest.raises(fb.errors.TaskError, match="timestep 1000 does not exist"):
+        fb.Similarity(level=1000).fit(task, train)
 
 
 def test_labels_play_no_part_in_similarity() -> None:

@@ -403,7 +403,7 @@ class TestLeaveOneOut:
             expected += (base[:, None] - runs) / 2
         scores = fitted.score(queries)
         torch.testing.assert_close(scores.values, expected, rtol=0, atol=1e-12)
-        assert scores.provenance.settings["recipe"]["loss"] == "loss"
+        assert scores.provenance.settings["recipe"]["loss"]["about"]["function"] == "loss"
         own = fitted.score(train).values.diagonal()
         torch.testing.assert_close(fitted.self_influence(), own, rtol=0, atol=1e-12)
         fitted.save(tmp_path)

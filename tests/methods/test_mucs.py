@@ -284,9 +284,72 @@ def test_bad_input_is_refused(task: fb.Task) -> None:
     bad["image"][1] = float("inf")
     with pytest.raises(fb.errors.NonFiniteError, match="ids 1"):
         fitted.score(bad)
-    for option, value in (("levels", 0), ("keep", 0.0), ("learning_rate", 0.0), ("max_steps", -1)):
-        with pytest.raises(fb.errors.TaskError, match=option):
-            mucs(**{option: value})
+
+
+INFINITE = float("inf")
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("levels", 0),
+        ("levels", 2.5),
+        ("max_steps", -1),
+        ("keep", 0.0),
+        *((option, value) for option in ("learning_rate", "stop") for value in (0.0, INFINITE)),
+        ("learning_rate", float("nan")),
+        ("weight_decay", -1.0),
+        ("spread", INFINITE),
+        ("location", INFINITE),
+        ("deviation", INFINITE),
+        ("stop", 1),
+        ("stop", 2.0),
+    ],
+)
+def test_options_that_cannot_work_are_refused(option: str, value: float) -> None:
+    with pytest.raises(fb.errors.TaskError, match=f"{option} is {value}: "):
+        mucs(**{option: value})
+
+
+def test_without_a_bound_a_run_may_go_beyond_it(task: fb.Task) -> None:
+    far = mucs(clamp=False, stop=1.5).fit(task, TRAIN)
+    told = far.unlearn(QUERIES)
+    assert told.converged.all()
+    assert (told.forgotten >= 1.5 * far.null).all()
+
+
+@pytest.mark.parametrize("consistent", [True, False])
+def test_a_query_that_the_model_knows_nothing_of_has_no_scores(
+    task: fb.Task, tmp_path: Path, consistent: bool
+) -> None:
+    """Noise is not what the model learnt: its loss begins beyond the bound."""
+    strange = {key: value.clone() for key, value in QUERIES.items()}
+    generator = torch.Generator().manual_seed(5)
+    strange["image"][1] = 4 * torch.randn(SHAPE, generator=generator, dtype=torch.float64)
+    fitted = mucs(consistent=consistent).fit(task, TRAIN)
+    ids = ["a", "b", "c"]
+    with pytest.warns(fb.errors.NumericalWarning) as caught:
+        scores = fitted.score(strange, ids=ids)
+    (about,) = (str(one.message) for one in caught)
+    assert "no better on queries b than one that knows nothing" in about
+    assert "nothing to forget" in about
+    told = scores.provenance.settings["unlearning"]
+    assert told["known"] == [True, False, True]
+    assert told["converged"] == [True, False, True]
+    assert told["steps"][1] == 0
+    assert told["forgotten"][1] >= 0.75 * fitted.null
+    assert (scores.values[1] == 0).all()
+    assert (scores.values[[0, 2]].std(1) > 0.01).all()
+    plain = mucs(consistent=consistent).fit(task, TRAIN).score(QUERIES)
+    torch.testing.assert_close(scores.values[[0, 2]], plain.values[[0, 2]], rtol=1e-9, atol=1e-12)
+    # What comes after goes on, without it.
+    other = fb.Random().fit(task, TRAIN).score(strange, ids=ids)
+    with pytest.warns(fb.errors.NumericalWarning, match="has no part in theirs"):
+        both = fb.combine([scores, other])
+    assert torch.equal(both.values[1].argsort(), other.values[1].argsort())
+    fitted.score_to(strange, tmp_path / "blocks", ids=ids)
+    few = mucs(consistent=consistent).fit(task, strange)
+    assert few.self_influence()[1] == 0
 
 
 def test_each_image_is_told_its_own_condition(model: nn.Module) -> None:

@@ -287,6 +287,24 @@ def test_maps_are_the_dense_weights_of_the_top_images(options: dict[str, Any]) -
         assert (found.entropy[q] - entropy).abs().max() < 1e-10
 
 
+def test_maps_and_sources_together_take_the_passes_of_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    fitted = fb.NDA(patch=3).fit(None, TRAIN)
+    read = []
+    blocks = fitted._blocks
+    monkeypatch.setattr(fitted, "_blocks", lambda: read.append(1) or blocks())
+    maps, sources = fitted.maps_and_sources(QUERIES, 4, ids=[f"query {i}" for i in range(Q)])
+    together = len(read)
+    alone, apart = fitted.maps(QUERIES, 4), fitted.sources(QUERIES, 4)
+    assert len(read) == 3 * together
+    assert maps.query_ids.tolist() == sources.query_ids.tolist() == [f"query {i}" for i in range(Q)]
+    assert (maps.ids == alone.ids).all()
+    assert (sources.ids == apart.ids).all()
+    assert torch.equal(maps.values, alone.values)
+    assert torch.equal(maps.entropy, alone.entropy)
+    assert torch.equal(sources.values, apart.values)
+    assert torch.equal(sources.best, apart.best)
+
+
 def test_a_copy_is_found_where_it_is() -> None:
     """Shifted by a row and a column, patches come from a row and a column further."""
     shifted = TRAIN["image"][5].roll((-1, -1), (1, 2))[None]

@@ -95,6 +95,19 @@ def test_a_sample_of_one_size_is_taken_to_grow_with_the_examples() -> None:
     assert found.memory.value < 6e8
 
 
+def test_memory_grows_up_to_the_examples_that_are_worked_on_at_a_time() -> None:
+    sizes = ((20, 8), (20, 8), (20, 2), (30, 8), (40, 2), (40, 8))
+    points = [Point(n, q, 0.1 * n, 1e8 + 1e6 * n, 0.0) for n, q in sizes]
+    found = {}
+    for step in (None, 60):
+        sample = Sample(facts=Facts(10_000, 8, 100, step=step), points=points)
+        prediction = predicted(sample, Request("f.py", "attribute"), 10_000, 8)
+        assert prediction is not None
+        found[step] = prediction.memory.value
+    assert found[60] == pytest.approx(1e8 + 60e6, rel=0.05)
+    assert found[None] == pytest.approx(1e8 + 512e6, rel=0.05)
+
+
 def test_a_sample_without_an_end_says_at_least_its_time() -> None:
     sample = Sample(start=1.0, facts=Facts(10_000, 8, 100), stopped="too slow")
     found = predicted(sample, Request("f.py", "attribute", seconds=5), 10_000, 8)

@@ -14,8 +14,8 @@ from safetensors.numpy import save_file
 
 from forebear import report
 from forebear.errors import FormatError
-from forebear.gallery import Asked, Effect, Gallery, Listed, Mapped, Pictured, Regenerated
-from forebear.report import heat, image_words
+from forebear.gallery import Asked, Effect, Familiar, Gallery, Listed, Mapped, Pictured, Regenerated
+from forebear.report import heat, image_words, meanings
 from forebear.run import IMAGES, DatasetFacts, MethodResult, Run
 from tests.page_elements import Elements
 
@@ -121,14 +121,71 @@ def test_rows_hold_the_files_by_name_in_the_order_of_the_method(page: str) -> No
     assert 'title="animals/cat.png, score 4"' in page
 
 
-def test_images_that_several_rows_name_are_marked(page: str) -> None:
+def test_images_that_several_methods_name_are_marked_and_likeness_is_counted_apart(
+    page: str,
+) -> None:
     first = page.split("<article")[1]
-    marked = re.findall(r'<li class="one shared" data-image="(\d)"', first)
-    assert marked == ["1", "1", "1"]
-    assert first.count('title="In 3 of the rows"') == 3
-    assert "The 3 rows name 4 training images; 1 of them is named more than once." in (
-        Elements(page).text
-    )
+    marked = re.findall(r'<li class="one([^"]*)" data-image="(\d)"', first)[:6]
+    assert marked == [
+        ("", "0"),
+        (" shared alike", "1"),
+        (" shared alike", "1"),
+        ("", "2"),
+        ("", "1"),
+        ("", "3"),
+    ]
+    assert first.count('title="2 methods name it"') == 2
+    text = Elements(page).text
+    assert "DAS and NDA name 3 training images, 1 of them by both." in text
+    assert "1 of the 3 also stands in a row to compare with." in text
+    assert "ways to estimate it, and 1 by likeness alone to compare with" in text
+
+
+def test_what_only_looks_alike_agrees_with_nobody(tmp_path: Path) -> None:
+    gallery = write_folder(tmp_path)
+    pixels = gallery.asked[0].lists[2]
+    alone = replace(gallery.asked[0], lists=[pixels, replace(pixels, method="similarity")])
+    run = Run.load(tmp_path)
+    assert image_words.named_by(alone) == {}
+    assert image_words.agreement(run, alone) == ""
+    assert image_words.looking_alike(alone) == {1, 3}
+
+
+def test_a_model_that_knows_nothing_or_its_pictures_badly_is_said_to(tmp_path: Path) -> None:
+    gallery = write_folder(tmp_path)
+    fine = Familiar(losses=[0.1, 0.2], median=0.1, largest=0.25, among=100, share=0.4)
+    for known, said, panels in (
+        (fine, "", 0),
+        (replace(fine, losses=[0.26, 0.2]), "finds 1 of 2 pictures stranger than any of", 1),
+        (replace(fine, losses=[0.9, 0.8]), "finds all 2 pictures stranger than any of the 100", 2),
+        (replace(fine, share=0.9), "little better than one that knows their average", 0),
+        (replace(fine, share=1.1), "no better than one that knows their average", 0),
+        (None, "", 0),
+    ):
+        replace(gallery, familiar=known).save(tmp_path)
+        text = Elements(report.write(tmp_path).read_text()).text
+        assert ("Read with care." in text) == bool(said)
+        assert said in text
+        assert text.count("Strange to the model itself") == panels
+
+
+def test_a_page_of_noise_does_not_begin_with_a_finding(tmp_path: Path) -> None:
+    gallery = replace(write_folder(tmp_path), effect=None)
+    run = Run.load(tmp_path)
+    fine = Familiar(losses=[0.1, 0.2], median=0.1, largest=0.25, among=100, share=0.4)
+    for known, said in (
+        (fine, "most likely behind them"),
+        (replace(fine, losses=[0.9, 0.1]), "most likely behind them"),
+        (replace(fine, losses=[0.9, 0.9]), "strange to the very model that made them"),
+        (replace(fine, share=0.9), "by a model that has hardly learned yet"),
+    ):
+        assert said in image_words.title(run, replace(gallery, familiar=known))
+
+
+def test_a_loss_above_all_but_near_the_median_is_not_strange(tmp_path: Path) -> None:
+    close = Familiar(losses=[1.2, 1.6], median=1.0, largest=1.1, among=100)
+    gallery = replace(write_folder(tmp_path), familiar=close)
+    assert [image_words.strange(gallery, i) for i in range(3)] == [False, True, False]
 
 
 def test_bars_are_shares_of_the_largest_score_or_the_smallest_distance(page: str) -> None:
@@ -143,13 +200,16 @@ def test_the_maps_of_the_first_picture_are_open(page: str) -> None:
         '<details class="part places">',
     ]
     text = Elements(page).text
-    assert "down to about 2; behind clear ones, such as plain background, stand up to 40." in text
+    assert "The rarest part of this picture fits about 2 training images, the most common" in text
+    assert "such as plain background, 40 training images." in text
+    assert "fits 40" in text
 
 
 def test_what_removal_did_is_said_with_its_chance(page: str) -> None:
     text = Elements(page).text
     for part in (
-        "Without the training images behind it, a picture changes 3.0 times as much as without",
+        "Without the training images that DAS names first, a picture changes 3.0 times as much",
+        "The list of DAS was checked by training again without its first 5 images; the other",
         "Without the 5 that DAS names first, it changes 3.0 times as much as without 5 random ones",
         "about 1 of 250 such trials (p = 0.004)",
         "3.00 without the strongest, 1.00 without random ones; structural similarity 0.50 and 0.90",
@@ -169,7 +229,7 @@ def test_a_removal_that_proves_nothing_is_not_dressed_up(tmp_path: Path) -> None
         replace(gallery, effect=effect).save(tmp_path)
         text = Elements(report.write(tmp_path).read_text()).text
         assert said in text
-        assert "Without the training images behind it" not in text
+        assert "and which of 100 training images are most likely behind them." in text
 
 
 def test_what_was_not_made_is_left_out(tmp_path: Path) -> None:
@@ -178,9 +238,25 @@ def test_what_was_not_made_is_left_out(tmp_path: Path) -> None:
     replace(gallery, asked=bare, effect=None).save(tmp_path)
     elements = Elements(report.write(tmp_path).read_text())
     assert "removal" not in elements.ids()
-    for part in ("Where in the picture", "had never been there", "One thing in the picture"):
+    for part in ("Which part fits which", "had never been there", "One thing in the picture"):
         assert part not in elements.text
-    assert "Nothing here was checked by training again" in elements.text
+    assert "None of it was checked: that takes training the model again" in elements.text
+    assert "none of these was tested" in elements.text
+
+
+def test_pictures_are_counted_unless_they_have_words_or_names(tmp_path: Path) -> None:
+    gallery = write_folder(tmp_path)
+    first, *rest = gallery.asked
+    for name, caption, said in (
+        ("7", "", "Picture 1"),
+        ("key 7", "", "Picture 1"),
+        ("sets/boot.png", "", "boot.png"),
+        ("key 7", "a boot", "a boot"),
+    ):
+        image = replace(first.image, id=name, caption=caption)
+        replace(gallery, asked=[replace(first, image=image), *rest]).save(tmp_path)
+        html = report.write(tmp_path).read_text()
+        assert f'aria-label="{said}"' in html
 
 
 @pytest.mark.parametrize(
@@ -228,16 +304,28 @@ def test_a_map_is_clear_where_nothing_matters_and_keeps_its_order() -> None:
 
 def test_rare_places_are_those_behind_which_few_images_stand() -> None:
     entropy = np.log(np.array([[1.0, 4.0, 16.0]]))
-    assert heat.rarity(entropy) == pytest.approx(np.array([[1.0, 0.5, 0.0]]))
-    assert heat.rarity(np.ones((2, 2))).max() == 0
+    assert heat.rarity(entropy, 16) == pytest.approx(np.array([[1.0, 0.5, 0.0]]))
+    assert heat.rarity(entropy, 256) == pytest.approx(np.array([[1.0, 0.75, 0.5]]))
+    assert heat.rarity(np.zeros((2, 2)), heat.LEAST).min() == 1
     assert heat.behind(entropy) == pytest.approx((1.0, 16.0))
 
 
-def test_every_registered_method_is_explained_without_its_name() -> None:
+def test_every_method_is_explained_and_none_promises_what_it_cannot_say() -> None:
     from forebear.methods import METHODS
 
-    assert set(image_words.LOOKS_AT) <= {*METHODS, "pixels"}
-    assert all(image_words.hint(name) for name in METHODS)
+    assert set(meanings.MEANINGS) <= {*METHODS, "pixels"}
+    for name in METHODS:
+        assert all(meanings.meaning(name))
+    signed = meanings.meaning("trak").at_length
+    assert "worse at this" in signed
+    assert "cannot say" in meanings.meaning("das").at_length  # it is squared
+    assert "cannot say" in meanings.meaning("das", {"form": "linear"}).at_length
+    encoded = {"features": {"about": "clip"}}
+    assert "model" not in meanings.meaning("similarity", encoded).hint
+    assert "to the model" in meanings.meaning("similarity", {"features": "hidden"}).hint
+    for name in ("nda", "pixels"):  # these ask no model
+        assert "worse" not in meanings.meaning(name).at_length
+        assert "asked" in meanings.meaning(name).at_length
 
 
 @pytest.mark.skipif(shutil.which("chromium") is None, reason="needs Chromium")

@@ -229,6 +229,7 @@ def test_an_interrupted_build_ends_in_the_same_bytes(tmp_path: Path) -> None:
         {"settings": {"dimension": 13}},
         {"seed": 1},
         {"precision": "float64"},
+        {"loss": "b"},
         {"dimension": K + 1},
         {"dtype": "int8"},
         {"rows": N + 1},
@@ -242,7 +243,7 @@ def test_an_interrupted_build_ends_in_the_same_bytes(tmp_path: Path) -> None:
 def test_another_manifest_is_refused_by_the_name_of_the_field(
     change: dict[str, Any], tmp_path: Path
 ) -> None:
-    about = manifest(model="a", train="a", method="a", settings={"dimension": 12}, seed=0)
+    about = manifest(model="a", train="a", method="a", settings={"dimension": 12}, seed=0, loss="a")
     StoreBuilder.create(tmp_path, about).close()
     with pytest.raises(MismatchError, match=f"^{next(iter(change))} differs: "):
         StoreBuilder.create(tmp_path, replace(about, **change))

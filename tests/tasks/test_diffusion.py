@@ -172,14 +172,24 @@ def test_bad_input_is_named(model: Small, batch: Any) -> None:
         Discrete.of(torch.linspace(1e-4, 0.02, 10))
     with pytest.raises(DataError, match="uint8"):
         images(torch.zeros(2, 1, 4, 4, dtype=torch.uint8))
-    with pytest.raises(DataError, match="reach 255"):
+    with pytest.raises(DataError, match="2 of 2 images reach up to 255"):
         images(torch.full((2, 3), 255.0))
-    with pytest.raises(DataError, match="1 keys were given for 2"):
+    with pytest.raises(DataError, match=r"keys of shape \(1,\) were given for 2"):
         images(torch.zeros(2, 3), keys=[1])
     with pytest.raises(DataError, match="'image' and 'key'"):
         Denoising()(model, (batch["image"], batch["key"]))
     with pytest.raises(TaskError, match="learned variance"):
         Denoising(call=lambda m, x, t, c: torch.cat([x, x], 1))(model, batch)
+
+
+def test_the_clearest_level_still_has_noise() -> None:
+    assert Denoising().clearest == 50
+    assert Denoising(levels=(900, 0, 100)).clearest == 0
+    clean = Discrete.of(torch.tensor([1.0, 0.9, 0.2, 0.0]).double())
+    assert Denoising(clean, levels=(3, 0, 1, 2)).clearest == 1
+    assert Denoising(clean, levels=(3, 0)).clearest == 3
+    edm = Denoising(Continuous(), "x0", levels=(80.0, 0.002, 0.02, 3.0))
+    assert edm.clearest == 0.002
 
 
 def test_schedules_run_from_image_to_noise() -> None:

@@ -1,4 +1,5 @@
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -159,3 +160,18 @@ def test_bad_training_is_refused() -> None:
     )
     with pytest.raises(TaskError, match="one value an example"):
         mean.train(points())
+
+
+def test_the_fingerprint_follows_the_loss() -> None:
+    def of(loss: Any) -> str:
+        return recipe().with_settings(loss=loss).fingerprint
+
+    def weighted(weight: float) -> Any:
+        return lambda model, batch: weight * losses.squared_error(model, batch)
+
+    plain = losses.Denoising()
+    assert of(plain.training()) == of(losses.Denoising().training())
+    assert of(plain.training()) != of(losses.Denoising(prediction="v").training())
+    assert of(weighted(1.0)) == of(weighted(1.0))
+    assert of(weighted(1.0)) != of(weighted(2.0))
+    assert recipe().settings["loss"] == "squared_error"

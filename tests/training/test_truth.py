@@ -1,14 +1,17 @@
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
+from forebear.descriptions import describe
 from forebear.errors import DataError, FormatError, MismatchError, NonFiniteError, TaskError
 from forebear.task import state_hash
 from forebear.tasks import losses
+from forebear.tasks.diffusion import images
 from forebear.training import (
     GroundTruth,
     Recipe,
@@ -18,6 +21,7 @@ from forebear.training import (
     truth,
 )
 from forebear.types import Provenance, Scores
+from forebear.zoo.denoisers import Denoiser
 
 
 def build() -> nn.Module:
@@ -198,3 +202,42 @@ def test_removal_outcomes_are_real_retrainings() -> None:
         removal_outcomes(RECIPE, TRAIN, QUERIES, scores, fractions=(0.001,))
     with pytest.raises(DataError, match=r"\[query, train\]"):
         removal_outcomes(RECIPE, TRAIN, QUERIES, scores.T)
+
+
+def test_a_folder_belongs_to_a_loss_and_a_measurement(tmp_path: Path) -> None:
+    def scaled(weight: float) -> Any:
+        return lambda model, batch: weight * losses.cross_entropy(model, batch)
+
+    kept = collect(seeds=1, folder=tmp_path)
+    assert torch.equal(collect(seeds=1, folder=tmp_path).outcomes, kept.outcomes)
+    assert kept.measured == {"minus": describe(RECIPE.loss)}
+    with pytest.raises(MismatchError, match="measure differs"):
+        collect(seeds=1, folder=tmp_path, measure=scaled(1.0))
+    again = tmp_path / "again"
+    collect(seeds=1, folder=again, measure=scaled(1.0))
+    with pytest.raises(MismatchError, match=r"measured differs: .*1\.0.*2\.0"):
+        collect(seeds=1, folder=again, measure=scaled(2.0))
+
+
+def test_a_folder_belongs_to_what_a_network_was_trained_to_say(tmp_path: Path) -> None:
+    generator = torch.Generator().manual_seed(0)
+    data = images(torch.rand(6, 1, 2, 2, generator=generator) * 2 - 1)
+
+    def collected(prediction: Any) -> GroundTruth:
+        recipe = Recipe(
+            lambda: Denoiser((1, 2, 2), 4),
+            losses.Denoising(prediction=prediction).training(),
+            learning_rate=0.01,
+            epochs=1,
+            batch_size=6,
+        )
+        half = torch.arange(6)[None] < 3
+        asked = losses.Denoising(levels=2)
+        return GroundTruth.collect(
+            recipe, data, data, subsets=half, seeds=1, measure=asked, full=False, folder=tmp_path
+        )
+
+    collected("epsilon")
+    collected("epsilon")
+    with pytest.raises(MismatchError, match=r"recipe differs: .*'epsilon'.*'v'"):
+        collected("v")

@@ -23,6 +23,7 @@ def info(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Print what a store holds and where it comes from; it may be incomplete."""
+    from forebear.report.descriptions import described
     from forebear.store import Manifest
     from forebear.store.shards import path_of
 
@@ -46,6 +47,7 @@ def info(
         "columns": columns or "none",
         "method": manifest.method or "not said",
         "model": manifest.model or "not said",
+        "loss": "not said" if manifest.loss is None else described(manifest.loss),
         "train": manifest.train or "not said",
         "version": manifest.version or "not said",
     }

@@ -116,7 +116,7 @@ def gradients_of_each(
             for _, _, gradients in stream.gradients(_Pulled(stream, cotangents, k), description):
                 yield [gradients]
         return
-    size = max(1, stream.batch_size * ROWS // max(cotangents.count, ROWS))
+    size = max(1, stream.step * ROWS // max(cotangents.count, ROWS))
     stream = replace(stream, batch_size=size)
     capture = _SharedForward(stream.task, stream.plan)
     with capture:

@@ -8,8 +8,11 @@ from torch import Tensor
 
 from forebear.blocks import Plan
 from forebear.capture import Gradients
-from forebear.gradients import Precision, QuerySide, materialise, products
+from forebear.gradients import Precision, QuerySide, materialise, products, rows_of
 from forebear.layers import vector
+
+PIECE = 2**20
+"""Entries that are written out at a time (4 MB of float32)."""
 
 
 class Solved(ABC):
@@ -68,3 +71,18 @@ def flat(gradients: Gradients, plan: Plan) -> Iterator[Tensor]:
         return
     blocks = plan.blocks.items()
     yield torch.cat([materialise(gradients[name], block).flatten(1) for name, block in blocks], 1)
+
+
+def write(gradients: Gradients, plan: Plan, out: Tensor) -> None:
+    """Gradients written out over all blocks into `[b, P]`.
+
+    A few at a time: what is written out stays in the cache until it is copied.
+    """
+    first = 0
+    for name, block in plan.blocks.items():
+        step = max(1, PIECE // block.size)
+        for start in range(0, len(out), step):
+            rows = slice(start, start + step)
+            part = materialise(rows_of(gradients[name], rows), block)
+            out[rows, first : first + block.size] = part.flatten(1)
+        first += block.size

@@ -54,29 +54,61 @@ class Eigenpairs:
         Raises:
             TaskError: λ is zero where C is, or the damping is a rule about unknown eigenvalues.
         """
-        size = self.vectors.shape[1]
         ruled = isinstance(damping, EffectiveDimension | NonzeroRelative)
         if ruled and not self.complete:
             damping.value(self.mean)  # says what to use instead
-        if ruled:
-            value = damping_for(damping, self.values, self.examples, size)
-        else:
-            value = damping_for(damping, self.values.new_tensor([self.mean]), self.examples)
-        spans = len(self.values) == size
-        scale = self.values.max().item() if len(self.values) else self.mean
-        lowest = self.values.min().item() if spans else 0.0
-        dropped = self.rest == "drop" and not spans
-        if not dropped and not value + lowest > 1e-14 * (value + scale):
-            raise TaskError(
-                f"the curvature is singular with damping λ = {value:.3g}: it has {size} dimensions "
-                f"and fewer independent gradients, its smallest eigenvalue is {lowest:.3g}; "
-                "increase the damping"
-            )
-        inverse = damped_inverse(damping, value, self.values)
-        base = 0.0
-        if not spans and not dropped:
-            base = damped_inverse(damping, value, self.values.new_zeros(1).double()).item()
+        value, inverse, base = inverted(
+            self.values,
+            self.mean,
+            self.vectors.shape[1],
+            self.examples,
+            damping,
+            drop=self.rest == "drop",
+        )
         return FittedSpectrum(self, value, inverse, base)
+
+
+def inverted(
+    values: Tensor,
+    mean: float,
+    size: int,
+    examples: int,
+    damping: Damping,
+    *,
+    drop: bool = False,
+) -> tuple[float, Tensor, float]:
+    """λ, and the inverse `(C + λI)⁻¹` on eigenvectors `[r]` and on everything else.
+
+    Args:
+        values: eigenvalues `[r]`.
+        mean: mean eigenvalue of C.
+        size: P.
+        examples: n.
+        damping: what was asked for.
+        drop: whether directions that are not listed are left out.
+
+    Raises:
+        TaskError: λ is zero where C is.
+    """
+    if isinstance(damping, EffectiveDimension | NonzeroRelative):
+        value = damping_for(damping, values, examples, size)
+    else:
+        value = damping_for(damping, values.new_tensor([mean]), examples)
+    spans = len(values) == size
+    scale = values.max().item() if len(values) else mean
+    lowest = values.min().item() if spans else 0.0
+    dropped = drop and not spans
+    if not dropped and not value + lowest > 1e-14 * (value + scale):
+        raise TaskError(
+            f"the curvature is singular with damping λ = {value:.3g}: it has {size} dimensions "
+            f"and fewer independent gradients, its smallest eigenvalue is {lowest:.3g}; "
+            "increase the damping"
+        )
+    inverse = damped_inverse(damping, value, values)
+    base = 0.0
+    if not spans and not dropped:
+        base = damped_inverse(damping, value, values.new_zeros(1).double()).item()
+    return value, inverse, base
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from typing import Any
 from safetensors.torch import save_file
 from torch import Tensor
 
+from forebear.descriptions import same, shown
 from forebear.errors import FormatError, MismatchError
 from forebear.executors.base import Executor, InProcess
 from forebear.progress import track
@@ -46,10 +47,16 @@ class Pieces:
             return
         stored = read_json(path)
         for name, value in own.items():
-            if stored.get(name) != value:
+            if name not in stored:
                 raise MismatchError(
-                    f"{name} differs: {self.folder} holds {noun} with {stored.get(name)!r} and "
-                    f"this is {value!r}; choose another folder or delete that one"
+                    f"{name} differs: {self.folder} holds {noun} of a version that did not record "
+                    "it; choose another folder or delete that one"
+                )
+            theirs = stored[name]
+            if not same(theirs, value):
+                raise MismatchError(
+                    f"{name} differs: {self.folder} holds {noun} with {shown(theirs, value)} and "
+                    f"this is {shown(value, theirs)}; choose another folder or delete that one"
                 )
 
     def has(self, name: str) -> bool:

@@ -1,12 +1,11 @@
 """Scores, maps, concepts and the counterfactual of generated images, joined into a gallery."""
 
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from forebear import methods as registry
 from forebear.data import Data
@@ -14,21 +13,20 @@ from forebear.errors import DataError, TaskError, unknown_name
 from forebear.gallery import Gallery, Mapped
 from forebear.generated.counterfactual import Counterfactual, digest, regenerate
 from forebear.generated.exhibits import ON_PAGE, Curator, compared
+from forebear.generated.familiar import familiar
 from forebear.generated.pictures import Album, Decode, shown
-from forebear.methods.baselines import Similarity
+from forebear.methods.belonging import facts_of
 from forebear.methods.concept_trak import ConceptTRAK
-from forebear.methods.fitted import version
 from forebear.methods.nda import NDA
+from forebear.methods.pixels import Pixels
 from forebear.methods.settings import settings_of
 from forebear.pipeline import method_result, write_scores
-from forebear.progress import track
 from forebear.record import open_run, write_texts
 from forebear.report import write
 from forebear.run import IMAGES, MethodResult, Run, scores_folder
-from forebear.stream import BATCH
 from forebear.task import Task
 from forebear.tasks.diffusion import Denoising
-from forebear.types import Provenance, Scores, read_json, write_json
+from forebear.types import Scores, read_json, write_json
 
 DEFAULT = ("das", "nda", "similarity")
 
@@ -36,9 +34,6 @@ CONCEPTS = "concept_trak"
 
 PIXELS = "pixels"
 """The baseline that every page has: it looks at no model."""
-
-PIXELS_AT_A_TIME = 2**22
-"""Of training images, for the baseline."""
 
 SHOWN = 8
 """Training images of a list on the page."""
@@ -54,7 +49,7 @@ def attribute_images(
     train: Any,
     generated: Any,
     *,
-    methods: Sequence[Any] = DEFAULT,
+    methods: Any = DEFAULT,
     out: str | Path,
     concepts: Mapping[Any, Any] | None = None,
     counterfactual: Counterfactual | None = None,
@@ -63,7 +58,7 @@ def attribute_images(
     ids: Any = None,
     top: int = SHOWN,
     title: str = "",
-    batch_size: int = BATCH,
+    batch_size: int | None = None,
 ) -> Run:
     """Which training images made these images, by several methods, as a folder with a page.
 
@@ -73,11 +68,12 @@ def attribute_images(
     Args:
         task: a diffusion task: its loss is a `fb.losses.Denoising`.
         train: training images, as of `forebear.tasks.diffusion.images` or any map-style dataset of
-            such dicts; of those in a folder only the ones that are shown are read a second time.
+            such dicts; of those in a folder only the ones that are shown, and a sample to
+            judge the model by, are read again.
         generated: images that the model made, of the same kind, with the keys that their start
             noise belongs to. The page shows the first twelve.
-        methods: names, or configured methods. `concept_trak` among them says how concepts are
-            scored, and has no row of its own.
+        methods: names or configured methods, or one of them. `concept_trak` among them says how
+            concepts are scored, and has no row of its own.
         out: folder to write.
         concepts: queries of `forebear.methods.concept_trak.concepts` by the name of the concept,
             one for each generated image; a tuple of names gives each image its own.
@@ -88,21 +84,24 @@ def attribute_images(
         ids: of the training images, such as file names, which the page shows.
         top: training images in a row of the page.
         title: of the page.
-        batch_size: images at a time; a memory setting.
+        batch_size: images at a time; chosen by what one takes in memory when left out.
 
     Returns:
         The record of the run.
 
     Raises:
         TaskError: the task is not a diffusion task.
-        DataError: images cannot be shown, or concepts are not one for each image.
-        MismatchError: the folder holds a run of another model or data.
+        DataError: images cannot be shown, `top` is below one, two methods have one name, or
+            concepts are not one for each image.
+        MismatchError: the folder holds a run of another model, loss or data.
     """
     if not isinstance(task.loss, Denoising):
         raise TaskError(
             f"the task's loss is {getattr(task.loss, 'name', task.loss)!r}: attribute_images is "
             "for diffusion models, whose loss is a fb.losses.Denoising; use fb.attribute"
         )
+    if top < 1:
+        raise DataError(f"top is {top}: a row shows at least one training image")
     work = _Work(
         task=task,
         train=Data.of(train, ids=ids, collate=task.collate),
@@ -112,7 +111,8 @@ def attribute_images(
         top=top,
         batch_size=batch_size,
     )
-    return work.run(methods, concepts or {}, counterfactual, texts, title)
+    each = (methods,) if isinstance(methods, str) or hasattr(methods, "fit") else tuple(methods)
+    return work.run(each, concepts or {}, counterfactual, texts, title)
 
 
 @dataclass(frozen=True)
@@ -125,7 +125,12 @@ class _Work:
     out: Path
     album: Album
     top: int
-    batch_size: int
+    batch_size: int | None
+
+    @property
+    def sized(self) -> dict[str, Any]:
+        """The batch size for `fit`, where one was given."""
+        return {} if self.batch_size is None else {"batch_size": self.batch_size}
 
     def run(
         self,
@@ -146,13 +151,17 @@ class _Work:
         removing = self._removing(counterfactual, rows, run)
         if texts is not None:
             write_texts(self.out, texts)
-        for method in rows:
+        beside = [] if any(row.name == PIXELS for row in rows) else [Pixels()]
+        for method in [*rows, *beside]:
             run = self._joined(run, self.method(method, run))
-        run = replace(self._joined(run, self.pixels(run)), best=rows[0].name)
+        run = replace(run, best=rows[0].name)
         run.save(self.out)
         mapped = self.maps(next((method for method in rows if isinstance(method, NDA)), None))
         curator = Curator(run, self.train, self.queries, self.album, self.top)
         gallery = curator.gallery(mapped, self.concepts(conceptual, asked), side)
+        some = self.queries.slice(slice(0, ON_PAGE))
+        known = familiar(self.task, self.train, some, self.batch_size)
+        gallery = replace(gallery, familiar=known)
         gallery.save(self.out)
         write(self.out)
         if counterfactual is not None:
@@ -166,12 +175,12 @@ class _Work:
         """Scores and top lists of a method; those of an earlier call are kept."""
         name = configured.name
         path = self.out / "methods" / f"{name}.json"
-        facts = self._facts(settings_of(configured))
+        facts = self._facts(configured)
         known = next((result for result in run.methods if result.name == name), None)
         if known is not None and path.is_file() and read_json(path).get("facts") == facts:
             return known
         started = time.perf_counter()
-        fitted = configured.fit(self._task(configured), self.train, batch_size=self.batch_size)
+        fitted = configured.fit(self.task, self.train, **self.sized)
         scores = fitted.score(self.queries)
         seconds = time.perf_counter() - started
         write_scores(scores, self.out)
@@ -179,35 +188,6 @@ class _Work:
         write_json(path, {"facts": facts})
         label = registry.METHODS[name].label
         return method_result(scores, label, seconds, run.plain_pass_seconds)
-
-    def pixels(self, run: Run) -> MethodResult:
-        """Minus the Euclidean distance of the pixels: what looks alike, with no model at all."""
-        known = next((result for result in run.methods if result.name == PIXELS), None)
-        if known is not None and (scores_folder(self.out, PIXELS) / "scores.json").is_file():
-            return known
-        started = time.perf_counter()
-        mine = self.queries.batch(slice(None))["image"].double().flatten(1)
-        step = max(1, PIXELS_AT_A_TIME // mine.shape[1])
-        steps = -(-len(self.train) // step)
-        columns = [
-            -torch.cdist(mine, batch["image"].double().flatten(1))
-            for _, batch in track(self.train.batches(step), "pixel distance", total=steps)
-        ]
-        about = Provenance(
-            method=PIXELS,
-            train=self.train.fingerprint,
-            queries=self.queries.fingerprint,
-            model=self.task.model_hash(),
-            version=version(),
-        )
-        scores = Scores(
-            values=torch.cat(columns, 1).float(),
-            query_ids=self.queries.ids,
-            train_ids=self.train.ids,
-            provenance=about,
-        )
-        write_scores(scores, self.out)
-        return method_result(scores, "Pixel distance", time.perf_counter() - started, None)
 
     def maps(self, nda: NDA | None) -> list[Mapped | None]:
         """Where each image's strongest training images matter, by the number in the training set.
@@ -218,7 +198,7 @@ class _Work:
         if nda is None or len(nda.windows) > 1:
             return [None] * len(some)
         top = min(MAPPED, self.top, len(self.train))
-        name = digest({**self._facts(settings_of(nda)), "top": top})
+        name = digest({**self._facts(nda), "top": top})
         files = [f"maps/{name}-{i:03d}.safetensors" for i in range(len(some))]
         if not all((self.out / file).is_file() for file in files):
             self._write_maps(nda, some, top, files)
@@ -233,8 +213,8 @@ class _Work:
         from safetensors.torch import save_file
 
         (self.out / "maps").mkdir(parents=True, exist_ok=True)
-        fitted = nda.fit(self.task, self.train, batch_size=self.batch_size)
-        maps, sources = fitted.maps(some, top), fitted.sources(some, top)
+        fitted = nda.fit(self.task, self.train, **self.sized)
+        maps, sources = fitted.maps_and_sources(some, top)
         for i, file in enumerate(files):
             tensors = {
                 "here": maps.values[i],
@@ -250,10 +230,10 @@ class _Work:
         """Scores of concepts by name, each kept in a folder of its own."""
         found, fitted = {}, None
         for name, data in asked.items():
-            facts = {**self._facts(settings_of(configured)), "queries": data.fingerprint}
+            facts = {**self._facts(configured), "queries": data.fingerprint}
             folder = self.out / "concepts" / digest(facts)
             if not (folder / "scores.json").is_file():
-                fitted = fitted or configured.fit(self.task, self.train, batch_size=self.batch_size)
+                fitted = fitted or configured.fit(self.task, self.train, **self.sized)
                 fitted.score(data).save(folder)
             found[name] = Scores.load(folder)
         return found
@@ -288,24 +268,13 @@ class _Work:
             )
         return queries.slice(slice(0, ON_PAGE))
 
-    def _task(self, configured: Any) -> Task:
-        """The task; for hidden states, with nearly clean images, in which there is more to see."""
-        task, loss = self.task, self.task.loss
-        if not isinstance(configured, Similarity) or not isinstance(loss, Denoising):
-            return task
-        clear = min(loss.levels, key=lambda level: noise_share(loss, level))
-        return Task(
-            task.model,
-            loss.at((clear,), draws=1),
-            layers=task.layers,
-            collate=task.collate,
-        )
-
-    def _facts(self, settings: dict[str, Any]) -> dict[str, Any]:
-        """What decides scores."""
+    def _facts(self, configured: Any) -> dict[str, Any]:
+        """What decides scores, and the names of training images in them."""
         return {
-            "settings": settings,
+            "settings": settings_of(configured),
             "model": self.task.model_hash(),
+            **facts_of(configured, self.task),
+            "ids": digest({"ids": self.train.ids.tolist()}),
             "train": self.train.fingerprint,
             "queries": self.queries.fingerprint,
         }
@@ -331,10 +300,10 @@ def _configured(methods: Sequence[Any], asked: bool) -> tuple[list[Any], Any]:
     rows = [method for method in each if method.name != CONCEPTS]
     if not rows:
         raise DataError("methods names none for the rows of the page: add one, such as 'das'")
-    return rows, conceptual[-1] if conceptual else ConceptTRAK()
-
-
-def noise_share(loss: Denoising, level: float) -> float:
-    """Noise over signal at a level."""
-    signal, strength = loss.schedule.at(level)
-    return strength / signal
+    for name, times in Counter(method.name for method in each).items():
+        if times > 1:
+            raise DataError(
+                f"{times} of methods are called {name!r}, and a row and its files have that name: "
+                "keep one of them, and give the others a folder of their own with out="
+            )
+    return rows, conceptual[0] if conceptual else ConceptTRAK()

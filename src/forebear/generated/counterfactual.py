@@ -11,13 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from forebear.data import Data
+from forebear.descriptions import describe
 from forebear.errors import DataError, TaskError
 from forebear.executors import Pieces
 from forebear.methods.settings import settings_of
 from forebear.progress import track
 from forebear.tasks.diffusion import Denoising
 from forebear.tasks.sampling import Guided, Sampler
-from forebear.training.recipe import Recipe, name_of
+from forebear.training.recipe import Recipe
 from forebear.types import Scores
 
 Generate = Callable[[nn.Module, Any], Tensor]
@@ -66,11 +67,10 @@ class Counterfactual:
         return self.sampler.sample(guided, start, batch["key"])
 
     def facts(self) -> dict[str, Any]:
-        """What decides the images, beside data and what is removed."""
-        plain = isinstance(self.sampler, Sampler)
+        """What decides the images, beside data, the task's loss and what is removed."""
         return {
             "recipe": self.recipe.fingerprint,
-            "sampler": settings_of(self.sampler) if plain else name_of(self.sampler),
+            "sampler": settings_of(self.sampler),
             "seed": self.seed,
         }
 
@@ -114,7 +114,7 @@ def regenerate(
         )
     masks, owners = _masks(about, scores)
     batch = queries.batch(slice(None))
-    facts = _facts(about, train, queries, masks)
+    facts = _facts(about, train, queries, masks) | {"loss": describe(loss)}
     pieces = Pieces(folder / digest(facts), facts, "images of retrained models")
     groups = range(0, len(masks), TOGETHER)
     made: list[Tensor] = []

@@ -73,10 +73,7 @@ class InvertedLists:
         self, handle: Any, queries: np.ndarray, count: int, chosen: Chosen | None
     ) -> np.ndarray:
         """Look through the lists nearest to each query."""
-        parameters = _faiss().SearchParametersIVF
-        probes = self.probes if chosen is None else chosen.harder(self.probes)
-        probes = min(probes, handle.nlist)
-        return _searched(handle, queries, count, chosen, parameters, nprobe=probes)
+        return _probed(handle, queries, count, chosen, _faiss().SearchParametersIVF, self.probes)
 
     def harder(self, rows: int) -> Self | None:
         """Twice the probes, until there is no further list."""
@@ -148,10 +145,7 @@ class ProductCodes:
         self, handle: Any, queries: np.ndarray, count: int, chosen: Chosen | None
     ) -> np.ndarray:
         """Look through the codes in the lists nearest to each query."""
-        parameters = _faiss().IVFPQSearchParameters
-        probes = self.probes if chosen is None else chosen.harder(self.probes)
-        probes = min(probes, handle.nlist)
-        return _searched(handle, queries, count, chosen, parameters, nprobe=probes)
+        return _probed(handle, queries, count, chosen, _faiss().IVFPQSearchParameters, self.probes)
 
     def harder(self, rows: int) -> Self | None:
         """Twice the probes, and when there is no further list twice the candidates.
@@ -257,6 +251,19 @@ def _fill(index: Any, store: Store, folder: Path, *, sample: int, seed: int) -> 
 def _padded(rows: np.ndarray, width: int) -> np.ndarray:
     """With zeros at the end, which change no product."""
     return np.pad(rows, ((0, 0), (0, width - rows.shape[1]))) if width > rows.shape[1] else rows
+
+
+def _probed(
+    index: Any,
+    queries: np.ndarray,
+    count: int,
+    chosen: Chosen | None,
+    parameters: Any,
+    probes: int,
+) -> np.ndarray:
+    """Rows found in the lists nearest to each query, more of them where a filter leaves few."""
+    probes = min(probes if chosen is None else chosen.harder(probes), index.nlist)
+    return _searched(index, queries, count, chosen, parameters, nprobe=probes)
 
 
 def _searched(

@@ -10,7 +10,15 @@ from importlib import import_module
 
 from torch import nn
 
-from forebear.layers.rule import Factors, MatrixRule, VectorRule, is_one, vector
+from forebear.layers.rule import (
+    Factors,
+    MatrixRule,
+    VectorRule,
+    is_one,
+    is_written,
+    vector,
+    written_out,
+)
 
 RULES = {
     "Linear": "linear",
@@ -44,4 +52,14 @@ def rule_for(layer: nn.Module) -> MatrixRule | VectorRule | None:
     return None
 
 
-__all__ = ["RULES", "Factors", "MatrixRule", "VectorRule", "is_one", "rule_for", "vector"]
+__all__ = [
+    "RULES",
+    "Factors",
+    "MatrixRule",
+    "VectorRule",
+    "is_one",
+    "is_written",
+    "rule_for",
+    "vector",
+    "written_out",
+]

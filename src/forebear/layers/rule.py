@@ -2,6 +2,7 @@
 
 from typing import NamedTuple, Protocol
 
+import torch
 from torch import Tensor, nn
 
 
@@ -31,6 +32,21 @@ def is_one(right: Tensor) -> bool:
     """Whether a right factor is the one of `vector`, by which nothing needs to be multiplied."""
     shared = right.shape[1:] == (1, 1) and right.stride(0) == 0 and len(right) > 1
     return shared and right[0].item() == 1
+
+
+def written_out(matrices: Tensor) -> Factors:
+    """Gradients `[b, rows, cols]` that are written out: each row beside its one-hot left factor."""
+    rows = torch.arange(matrices.shape[1], device=matrices.device)
+    return Factors(rows.expand(len(matrices), -1), matrices)
+
+
+def is_written(factors: Factors, rows: int) -> bool:
+    """Whether factors are those of `written_out`, whose right one is the gradient itself."""
+    left, right = factors
+    if left.is_floating_point() or right.shape[1] != rows or not len(left):
+        return False
+    shared = left.stride(0) == 0 or len(left) == 1
+    return shared and torch.equal(left[0], torch.arange(rows, device=left.device))
 
 
 class MatrixRule(Protocol):

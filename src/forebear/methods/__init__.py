@@ -45,6 +45,15 @@ METHODS = {
         "any",
         "Hanawa et al. 2021",
     ),
+    "pixels": Entry(
+        "Pixel distance",
+        "pixels:Pixels",
+        "data only",
+        "images",
+        "no pass; one product of all pixels",
+        "images",
+        "—",
+    ),
     "graddot": Entry(
         "GradDot",
         "gradient:GradDot",

@@ -1,6 +1,6 @@
 """Baselines that every other method has to beat: similarity of representations, and chance."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal, Self
@@ -8,14 +8,21 @@ from typing import Any, Literal, Self
 import torch
 from torch import Tensor, nn
 
-from forebear.data import Data, batch_length, map_tensors
-from forebear.errors import TaskError
+from forebear.data import Data, batch_length, map_tensors, naming, require_finite
+from forebear.descriptions import Described
+from forebear.errors import FormatError, MismatchError, TaskError
 from forebear.executors import Executor, results
 from forebear.methods.fitted import Fitted, Piece, warn_about_zeros
+from forebear.methods.pixels import distances, pictures
 from forebear.progress import track
 from forebear.stream import BATCH, Result, is_elsewhere, stretches
-from forebear.task import Task
+from forebear.task import Loss, Task, per_example
+from forebear.tasks.diffusion import Denoising
+from forebear.tasks.schedules import Level
 from forebear.types import require_choices
+
+HIDDEN = "hidden"
+"""Features that are hidden states of the task's model."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,19 +31,43 @@ class Similarity:
 
     Scores say what looks alike to the model, not what taught it; labels play no part. For
     sequences the hidden states are averaged over positions, those that the batch's
-    `attention_mask` leaves out excepted.
+    `attention_mask` leaves out excepted. A denoising network sees an image once, with the noise of
+    one level: where there is much, its hidden states say more of the noise than of the image.
+
+    With an encoder as `features` images are compared by what that makes of them, and the model
+    plays no part: `Similarity(features=forebear.adapters.encoders.clip(folder))`.
 
     Attributes:
-        metric: `"cosine"` or `"dot"`.
+        features: `"hidden"`, or a function from images `[b, ...]` to features `[b, d]`.
+        metric: `"cosine"`, `"dot"`, or `"distance"`, minus the Euclidean one.
         layer: take the input of this layer instead.
+        level: of noise, for denoising tasks; the least noisy one of the loss when None.
     """
 
     name: str = "similarity"
-    metric: Literal["cosine", "dot"] = "cosine"
+    features: str | Callable[[Tensor], Tensor] = "hidden"
+    metric: Literal["cosine", "dot", "distance"] = "cosine"
     layer: str | None = None
+    level: Level | None = None
 
     def __post_init__(self) -> None:
         require_choices(self)
+        if callable(self.features):
+            if self.layer is not None or self.level is not None:
+                raise TaskError(
+                    "layer and level say which hidden states are compared, and features is a "
+                    "function of images: leave them out"
+                )
+        elif isinstance(self.features, Described):
+            raise FormatError(
+                f"the features were made by {self.features.about}, which is not saved: pass the "
+                "configuration itself with method="
+            )
+        elif self.features != HIDDEN:
+            raise TaskError(
+                f"features is {self.features!r}: it is 'hidden', or a function of images, such as "
+                "an encoder of forebear.adapters.encoders; for pixels use fb.Pixels()"
+            )
 
     def fit(
         self,
@@ -57,9 +88,15 @@ class Similarity:
         return fitted
 
     def restore(self, task: Task, train: Data, tensors: dict[str, Tensor]) -> "FittedSimilarity":
-        """From saved embeddings."""
+        """From saved embeddings.
+
+        Raises:
+            MismatchError: `features` is another function than the one they were made with.
+        """
         fitted = FittedSimilarity(self, task, train, batch_size=BATCH)
         fitted.embeddings = tensors["embeddings"]
+        if callable(self.features):
+            fitted.require_same_features()
         return fitted
 
 
@@ -73,7 +110,7 @@ class FittedSimilarity(Fitted):
         embedded = self.embed(queries, "queries")
         for start in range(0, len(self.embeddings), 8192):
             columns = slice(start, min(start + 8192, len(self.embeddings)))
-            yield slice(0, len(queries)), columns, embedded @ self.embeddings[columns].T
+            yield slice(0, len(queries)), columns, self._compared(embedded, columns)
 
     def restricted(self, positions: Tensor) -> Self:
         """The embeddings at `positions`."""
@@ -83,7 +120,12 @@ class FittedSimilarity(Fitted):
         return part
 
     def self_influence(self) -> Tensor:
-        """Squared length of each embedding: one for all with the cosine, which ranks nothing."""
+        """Squared length of each embedding: one for all with the cosine, which ranks nothing.
+
+        So does the distance, which is zero for all.
+        """
+        if self.method.metric == "distance":
+            return torch.zeros(len(self.embeddings), dtype=self.embeddings[:1].dtype)
         return self.embeddings[:].square().sum(1)
 
     def tensors(self) -> dict[str, Tensor]:
@@ -91,8 +133,18 @@ class FittedSimilarity(Fitted):
         return {"embeddings": self.embeddings[:]}  # [:] reads those that are in a store
 
     def embed(self, data: Data, description: str) -> Tensor:
-        """Last hidden states `[m, d]`, of unit length for the cosine."""
+        """Features `[m, d]`, of unit length for the cosine."""
         return self._scaled(self.states(data, description))
+
+    def require_same_features(self) -> None:
+        """Raise `MismatchError` unless the first training example still has its embedding."""
+        now, kept = self.embed(self.train.slice(slice(0, 1)), "check"), self.embeddings[:1]
+        # What it is computed together with may change the last digits.
+        if now.shape != kept.shape or (now - kept).abs().max() > 1e-3 * kept.abs().max():
+            raise MismatchError(
+                "the saved features are those of another function: give features= as it was, or "
+                "fit again"
+            )
 
     def embed_training(self) -> Tensor:
         """Those of the training set, `[n, d]`, piece by piece where the executor says."""
@@ -105,33 +157,63 @@ class FittedSimilarity(Fitted):
         return self._scaled(torch.cat([one["states"] for one in found]))
 
     def states(self, data: Data, description: str) -> Tensor:
-        """Last hidden states `[m, d]`, in float32 or better."""
+        """Features `[m, d]`, in float32 or better."""
+        found = self._encoded if callable(self.method.features) else self._hidden
+        states = torch.cat(found(data, description))
+        return states if states.dtype == torch.float64 else states.float()
+
+    def _encoded(self, data: Data, description: str) -> list[Tensor]:
+        """What the method's function makes of images, batch by batch."""
+        found, steps = [], -(-len(data) // self.batch_size)
+        with torch.no_grad():
+            for rows, batch in track(data.batches(self.batch_size), description, total=steps):
+                with naming(data, rows):
+                    image = pictures(batch)
+                    features = self.method.features(image)
+                    shape = tuple(getattr(features, "shape", ()))
+                    if not isinstance(features, Tensor) or shape[:1] != image.shape[:1]:
+                        raise TaskError(
+                            f"features= gives a {type(features).__name__} of shape {shape} for "
+                            f"{len(image)} images: it must give a tensor [b, d]"
+                        )
+                    require_finite(features, "feature")
+                found.append(features.detach().flatten(1).cpu())
+        return found
+
+    def _hidden(self, data: Data, description: str) -> list[Tensor]:
+        """Last hidden states, batch by batch."""
         name = self.method.layer or _last_linear(self.task.model)
+        loss = _seen_by(self.task, self.method.level)
         seen: list[Tensor] = []
 
         def keep(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
             seen.append(args[0].detach())
 
         handle = self.task.model.get_submodule(name).register_forward_hook(keep)
-        rows = []
+        found = []
         try:
             with self.task.evaluation(), torch.no_grad():
                 steps = -(-len(data) // self.batch_size)
-                for _, batch in track(data.batches(self.batch_size), description, total=steps):
+                for rows, batch in track(data.batches(self.batch_size), description, total=steps):
                     seen.clear()
                     moved = map_tensors(lambda t: t.to(self.task.device), batch)
-                    look = partial(_look, self.task, moved)
-                    self.task.in_step("states", look, look)
+                    look = partial(_look, self.task, loss, moved)
+                    with naming(data, rows):
+                        self.task.in_step("states", look, look)
                     size = batch_length(moved)
                     states = seen[-1].reshape(size, -1, seen[-1].shape[-1])  # [b, t, d]
-                    rows.append(_mean_state(states, moved).cpu())
+                    found.append(_mean_state(states, moved).cpu())
         finally:
             handle.remove()
-        states = torch.cat(rows)
-        return states if states.dtype == torch.float64 else states.float()
+        return found
+
+    def _compared(self, embedded: Tensor, columns: slice) -> Tensor:
+        if self.method.metric == "distance":
+            return distances(embedded, self.embeddings[columns]).to(embedded.dtype)
+        return embedded @ self.embeddings[columns].to(embedded.dtype).T
 
     def _scaled(self, embedded: Tensor) -> Tensor:
-        if self.method.metric == "dot":
+        if self.method.metric != "cosine":
             return embedded
         lengths = embedded.norm(dim=1, keepdim=True)
         warn_about_zeros(lengths, "embeddings")
@@ -187,10 +269,26 @@ def _states_of(fitted: FittedSimilarity, rows: list[slice], number: int) -> Resu
     return {"states": fitted.states(fitted.train.slice(rows[number]), "training set")}
 
 
-def _look(task: Task, batch: Any) -> None:
+def _look(task: Task, loss: Loss, batch: Any) -> None:
     """A forward pass, for hooks to see."""
     with task.evaluation(), torch.no_grad():
-        task.losses(task.model, batch)
+        per_example(loss(task.model, batch), batch_length(batch), "the loss")
+
+
+def _seen_by(task: Task, level: Level | None) -> Loss:
+    """The loss whose forward pass is looked at: of a denoising task, at one level of noise.
+
+    Raises:
+        TaskError: a level is named and the task has none, or not that one.
+    """
+    if isinstance(task.loss, Denoising):
+        return task.loss.at((task.loss.clearest if level is None else level,), draws=1)
+    if level is not None:
+        raise TaskError(
+            f"level is {level} and the task's loss has no levels of noise: leave it out, or use "
+            "fb.losses.Denoising"
+        )
+    return task.loss
 
 
 def _mean_state(states: Tensor, batch: Any) -> Tensor:

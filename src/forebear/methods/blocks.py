@@ -13,6 +13,7 @@ from torch import Tensor
 from forebear.data import Data
 from forebear.errors import DataError, FormatError
 from forebear.executors import Pieces
+from forebear.methods.belonging import facts_of
 from forebear.methods.fitted import Candidates, Fitted, Piece, block_name, strongest
 from forebear.methods.settings import settings_of
 from forebear.search import RunningQuantiles
@@ -28,7 +29,7 @@ def score_blocks(fitted: Fitted, queries: Data, folder: str | Path) -> "ScoreBlo
     is its own marker: what is there is not computed again.
 
     Raises:
-        MismatchError: the folder holds scores of another model, method, or other data.
+        MismatchError: the folder holds scores of another model, loss, method, or other data.
         NonFiniteError: a score is NaN or infinite.
     """
     facts = {
@@ -36,6 +37,7 @@ def score_blocks(fitted: Fitted, queries: Data, folder: str | Path) -> "ScoreBlo
         "train": fitted.train.fingerprint,
         "queries": queries.fingerprint,
         "settings": settings_of(fitted.method),
+        **facts_of(fitted.method, fitted.task),
         "batch_size": fitted.batch_size,  # which targets are drawn depends on it
     }
     kept = Pieces(folder, facts, "scores")

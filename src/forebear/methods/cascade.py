@@ -13,6 +13,7 @@ from forebear.errors import DataError, TaskError
 from forebear.executors import Executor
 from forebear.methods.baselines import FittedSimilarity
 from forebear.methods.fitted import Fitted, Method
+from forebear.methods.pixels import FittedPixels
 from forebear.methods.settings import settings_of
 from forebear.search import RunningTop
 from forebear.stream import BATCH
@@ -220,7 +221,7 @@ class FittedCascade:
 
 def _is_blind(stage: Fitted) -> bool:
     """Whether the scores do not know labels: opponents are then as alike as proponents."""
-    return isinstance(stage, FittedSimilarity)
+    return isinstance(stage, FittedSimilarity | FittedPixels)
 
 
 def _best_of(

@@ -20,7 +20,7 @@ from forebear.methods.fitted_influence import FittedInfluence
 from forebear.methods.influence import Influence
 from forebear.plan import make_plan
 from forebear.projections import Compression
-from forebear.stream import BATCH, is_elsewhere
+from forebear.stream import BATCH, fitting, is_elsewhere
 from forebear.task import Task
 from forebear.types import UNSIGNED, Provenance, TopK
 
@@ -93,7 +93,9 @@ class DASInfluence(Influence):
         data = Data.of(train, ids=ids, collate=task.collate)
         fitted = super().fit(task, data, batch_size=batch_size, executor=executor)
         assert isinstance(fitted, FittedDAS)
-        fitted.residuals = training_residuals(fitted.task, data, batch_size)
+        fitted.residuals = training_residuals(
+            fitted.task, data, fitting(fitted.plan.held.pass_, batch_size)
+        )
         return fitted
 
     def restore(self, task: Task, train: Data, tensors: dict[str, Tensor]) -> "FittedDAS":

@@ -4,19 +4,21 @@
 the gradient of a scalar. Methods differ in the scalar, and in what they multiply by.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from forebear.blocks import Plan
 from forebear.curvature import Damping, Dense, NonzeroRelative, Whole, as_damping
 from forebear.curvature.dense import FittedDense
 from forebear.curvature.solved import flat
+from forebear.curvature.span import FittedSpan
 from forebear.curvature.spectrum import FittedSpectrum
 from forebear.data import Data, map_tensors, naming, require_finite
 from forebear.errors import TaskError
-from forebear.gradients import Precision, joined
+from forebear.gradients import Precision
 from forebear.methods.fitted import require_same_columns
 from forebear.methods.fitted_influence import FittedInfluence
 from forebear.progress import track
@@ -42,7 +44,8 @@ def kernel(
         dimension: of a projection; None compares whole gradients, exactly, which takes memory for
             all of them where they are fewer than parameters.
         projection: `"tensor_sketch"`, which acts on factors, `"gaussian"` or `"sjlt"`.
-        precision: of the products of all pairs.
+        precision: of the products of all pairs; the dual form, of fewer examples than parameters,
+            has its own.
         layers: restrict the method to these layers.
         seed: of the projection.
     """
@@ -110,19 +113,20 @@ def ridge_sweep(
     data = Data.of(queries, collate=fitted.task.collate)
     require_same_columns(fitted.train, data)
     base = fitted.curvatures[0]
-    if not isinstance(base, FittedDense | FittedSpectrum):
+    if not isinstance(base, FittedDense | FittedSpectrum | FittedSpan):
         raise TaskError(
             f"{type(base).__name__} does not know its eigenvectors: use a method whose curvature "
             "is Whole, Dense or GramSpectrum"
         )
-    vectors = _eigenvectors(base)  # [r, P]
+    axes = _axes(base, fitted.feature_plan)
     with fitted.task.at(fitted.query_moments[0]):
         stream = fitted.stream(0, data)
-        parts = [g for _, _, g in stream.gradients(fitted.query_function, "queries")]
-    asked = torch.cat(list(flat(joined(parts), fitted.feature_plan))).to(vectors) @ vectors.T
+        asked = torch.cat(
+            [axes(g) for _, _, g in stream.gradients(fitted.query_function, "queries")]
+        )
     seen, shares = [], []
     for _, weights, gradients in fitted.training_pass("training set"):
-        rows = torch.cat(list(flat(gradients[0], fitted.feature_plan))).to(vectors) @ vectors.T
+        rows = axes(gradients[0])
         seen.append(rows)
         shares.append(weights.to(rows) if method.gradient == "output" else rows.new_ones(len(rows)))
     told = torch.cat(seen)  # [n, r]; everything of the training set lies in the span
@@ -136,9 +140,13 @@ def ridge_sweep(
         yield fitted.finished(scores * fitted.scale, slice(0, len(fitted.train)))
 
 
-def _eigenvectors(fit: FittedDense | FittedSpectrum) -> Tensor:
-    """`[r, P]`."""
+def _axes(fit: FittedDense | FittedSpectrum | FittedSpan, plan: Plan) -> Callable[..., Tensor]:
+    """From gradients to coordinates `[b, r]` along the eigenvectors."""
+    if isinstance(fit, FittedSpan):
+        return fit.coordinates
     if isinstance(fit, FittedSpectrum):
-        return fit.pairs.vectors
-    assert fit.source is not None
-    return fit.source.eigenpairs[1].T
+        vectors = fit.pairs.vectors.T  # [P, r]
+    else:
+        assert fit.source is not None
+        vectors = fit.source.eigenpairs[1]
+    return lambda gradients: torch.cat([g.to(vectors) @ vectors for g in flat(gradients, plan)])

@@ -34,7 +34,8 @@ def DTRAK(
         dimension: of a projection; None compares whole gradients, exactly, which takes memory for
             all of them where they are fewer than parameters.
         projection: `"tensor_sketch"`, which acts on factors, `"gaussian"` or `"sjlt"`.
-        precision: of the products of all pairs.
+        precision: of the products of all pairs; the dual form, of fewer examples than parameters,
+            has its own.
         layers: restrict the method to these layers.
         seed: of the projection.
     """

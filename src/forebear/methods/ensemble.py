@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from forebear.descriptions import same
 from forebear.errors import DataError, MismatchError, NumericalWarning, unknown_name
 from forebear.methods.fitted import version
 from forebear.types import UNSIGNED, Provenance, Scores
@@ -106,7 +107,13 @@ def _provenance(members: list[Scores], how: str, shares: list[float]) -> Provena
     seen = [about.coverage for about in abouts if about.coverage is not None]
     models = {about.model for about in abouts if about.model}
     parts: list[dict[str, Any]] = [
-        {"method": about.method, "settings": dict(about.settings), "weight": share}
+        {
+            "method": about.method,
+            "settings": dict(about.settings),
+            "weight": share,
+            "loss": about.loss,
+            "measure": about.measure,
+        }
         for about, share in zip(abouts, shares, strict=True)
     ]
     unsigned = any(about.sign == UNSIGNED for about in abouts)
@@ -119,4 +126,12 @@ def _provenance(members: list[Scores], how: str, shares: list[float]) -> Provena
         queries=abouts[0].queries,
         version=version(),
         sign=UNSIGNED if unsigned else abouts[0].sign,
+        loss=_shared([about.loss for about in abouts]),
+        measure=_shared([about.measure for about in abouts]),
     )
+
+
+def _shared(descriptions: list[Any]) -> Any:
+    """What all members have; None where they differ, which is no mistake: each says its own."""
+    first, *others = descriptions
+    return first if all(same(first, other) for other in others) else None

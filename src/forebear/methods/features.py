@@ -72,7 +72,7 @@ def build_store(
 
     Raises:
         TaskError: the method has no explicit feature.
-        MismatchError: the folder holds a store of another model, dataset or method.
+        MismatchError: the folder holds a store of another model, loss, dataset or method.
         NonFiniteError: a feature is NaN or infinite, with ids.
     """
     method = method.method if isinstance(method, Fitted) else method
@@ -251,7 +251,7 @@ def source_of(
 
 def _require_explicit(method: Any) -> None:
     """Raise `TaskError` unless scores of `method` are products of stored vectors."""
-    if isinstance(method, Similarity):
+    if isinstance(method, Similarity) and method.metric != "distance":
         return
     remedy = "use trak, similarity, or Influence(projection=...) without normalise="
     # Kinds of influence of their own make more of their products.
@@ -278,6 +278,7 @@ def manifest_of(task: Task, data: Data, source: "_Projected | _Embedded") -> Man
         seed=getattr(method, "seed", None),
         precision=str(next(task.model.parameters()).dtype).removeprefix("torch."),
         version=version(),
+        loss=task.facts()["loss"],
     )
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from forebear.data import Data
 from forebear.errors import DataError, MismatchError, NonFiniteError, NumericalWarning
 from forebear.executors import Executor, Pieces
+from forebear.methods.belonging import facts_of, saved_facts
 from forebear.methods.settings import settings_of
 from forebear.stream import BATCH
 from forebear.task import Task
@@ -56,7 +57,8 @@ class Method(Protocol):
             task: what was trained and what is asked.
             train: any map-style dataset, or a tuple or dict of tensors.
             ids: a stable id for each example; positions when left out.
-            batch_size: examples at a time; changes no score beyond rounding.
+            batch_size: examples at a time; changes no score beyond rounding. By default up to 512,
+                and fewer where the gradients of so many would take more than 256 MB.
             executor: where to work, now and when scores are asked for; in this process when None.
                 What cannot be spread is done in this process all the same.
         """
@@ -202,7 +204,7 @@ class Fitted(ABC):
         What is there is not computed again, so that what was stopped halfway goes on.
 
         Raises:
-            MismatchError: the folder holds scores of another model, method, or other data.
+            MismatchError: the folder holds scores of another model, loss, method, or other data.
             NonFiniteError: a score is NaN or infinite.
         """
         from forebear.methods.blocks import score_blocks
@@ -225,6 +227,7 @@ class Fitted(ABC):
                 "model": self.model_hash,
                 "train": self.train.fingerprint,
                 "train_ids": self.train.ids.tolist(),
+                **saved_facts(self.method, self.task),
                 "batch_size": self.batch_size,
                 "details": self.details(),
             },
@@ -236,6 +239,7 @@ class Fitted(ABC):
         return data
 
     def _provenance(self, queries: Data) -> Provenance:
+        asked = facts_of(self.method, self.task)
         return Provenance(
             method=self.method.name,
             settings=settings_of(self.method) | self.details() | self.told(queries),
@@ -246,6 +250,8 @@ class Fitted(ABC):
             queries=queries.fingerprint,
             seed=getattr(self.method, "seed", None),
             version=version(),
+            loss=asked["loss"],
+            measure=asked["measure"],
         )
 
     def require_finite(self, values: Tensor, ids: np.ndarray) -> None:
@@ -322,6 +328,8 @@ def require_same_columns(train: Data, queries: Data) -> None:
 
 def _picture(data: Data) -> dict[str, Any]:
     """The images of a dataset of images, or the first of them, and their conditions."""
+    if getattr(data.dataset, "absent", False):  # its rows are in a store, and it is not here
+        return {}
     first = data.batch(slice(0, 1)) if data.columns is None else data.columns
     if not hasattr(first, "keys"):
         return {}

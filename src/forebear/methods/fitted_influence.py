@@ -11,8 +11,17 @@ from torch import Tensor
 
 from forebear.blocks import Plan
 from forebear.capture import Capture, Gradients
-from forebear.curvature import Damping, FittedCurvature, as_damping
+from forebear.curvature import (
+    Damping,
+    Dense,
+    FittedCurvature,
+    GramSpectrum,
+    Identity,
+    Whole,
+    as_damping,
+)
 from forebear.curvature.base import QUERY_BYTES
+from forebear.curvature.span import FittedSpan
 from forebear.data import Data
 from forebear.errors import TaskError
 from forebear.executors import Executor, Pieces, results
@@ -23,7 +32,14 @@ from forebear.methods.stretches import Stretches, own_elsewhere
 from forebear.methods.training_function import QueryFunction, TrainingFunction, features_of
 from forebear.methods.unit_points import UnitStream
 from forebear.projections import KeptStream, ProjectedStream, projected_plan
-from forebear.stream import Result, Stream, is_elsewhere, piecewise, stretches
+from forebear.stream import (
+    WORKING_BYTES,
+    Result,
+    Stream,
+    is_elsewhere,
+    piecewise,
+    stretches,
+)
 from forebear.task import Checkpoint, Task
 
 if TYPE_CHECKING:
@@ -131,7 +147,7 @@ class FittedInfluence(Fitted):
     ) -> Stream | ProjectedStream:
         """The gradients of a dataset at checkpoint i, projected when the method projects."""
         kind = UnitStream if self.method.points == "unit" else Stream
-        stream = kind(self.task, self.plan, data, self.batch_size, executor)
+        stream = kind(self.task, self.plan, data, self.batch_size, executor, self._writes)
         if self.method.projection is None:
             return stream
         return ProjectedStream(stream, self.projections[i], self.feature_plan)
@@ -158,6 +174,18 @@ class FittedInfluence(Fitted):
         kept = KeptStream(self.task, self.train, self.feature_plan, features, weights)
         self.training.append(kept)
         return kept
+
+    def add(self, fit: FittedCurvature) -> None:
+        """The curvature at the checkpoint whose training set was opened last.
+
+        One that knows the training gradients by their coordinates takes the place of their stream.
+        """
+        self.curvatures.append(fit)
+        if isinstance(fit, FittedSpan):
+            span = fit.span
+            self.training[-1] = KeptStream(
+                self.task, self.train, span.coordinate_plan, span.coordinates, span.weights
+            )
 
     def restricted(self, positions: Tensor) -> Self:
         """The same curvature, with gradients of the examples at `positions` only."""
@@ -214,11 +242,20 @@ class FittedInfluence(Fitted):
         found: dict[str, Tensor] = {}
         for i, (fit, stream) in enumerate(zip(self.curvatures, self.training, strict=True)):
             found |= {f"{i}:{key}": value for key, value in fit.tensors().items()}
-            if isinstance(stream, KeptStream):
+            if isinstance(stream, KeptStream) and not isinstance(fit, FittedSpan):
                 found |= {f"{i}:features": stream.features, f"{i}:weights": stream.weights}
             if self.mean_gradients:
                 found[f"{i}:mean_gradient"] = self.mean_gradients[i]
         return found
+
+    @property
+    def _writes(self) -> bool:
+        """Whether inner products are all that is taken: those of factors are the same.
+
+        K-FAC takes second moments of the factors, and projections are made for them.
+        """
+        products = isinstance(self.method.curvature, Dense | GramSpectrum | Identity | Whole)
+        return products and self.method.projection is None
 
     def _feature_size(self) -> int:
         return sum(block.size for block in self.feature_plan.blocks.values())
@@ -239,7 +276,9 @@ class FittedInfluence(Fitted):
         """What scores of training examples are divided by, `[b]`."""
         if self.method.normalise == "relative_parameters":
             solver = require_solver(fit, "normalise='relative_parameters'")
-            lengths = solved_lengths(solver, gradients, self.feature_plan)
+            inside = isinstance(fit, FittedSpan)
+            plan = fit.span.coordinate_plan if inside else self.feature_plan
+            lengths = solved_lengths(solver, gradients, plan)
         else:
             lengths = fit.squared_norms(gradients).clamp_min(0).sqrt()
         warn_about_zeros(lengths, "training examples")
@@ -286,6 +325,10 @@ class FittedInfluence(Fitted):
                 _, one = capture.gradients(self.query_function, queries.batch(slice(0, 1)))
             each = self.curvatures[0].query_bytes(one, len(queries))
         step = max(1, min(len(queries), QUERY_BYTES // (each * len(self.moments))))
+        if self.method.projection is None:  # factors of a group are joined before it is prepared
+            held = self.plan.held
+            kept = 2 * (held.written if self._writes else held.factors)
+            step = max(1, min(step, WORKING_BYTES // max(kept, 1)))
         for start in range(0, len(queries), step):
             yield slice(start, min(start + step, len(queries)))
 

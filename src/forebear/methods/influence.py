@@ -103,9 +103,14 @@ class Influence:
         damping = as_damping(self.damping)
         for i, checkpoint in enumerate(fitted.moments):
             with fitted.task.at(checkpoint):
-                stream = fitted.open_training(i)
-                fit = self.curvature.fit(stream, fitted.training_function(), damping, self.seed)
-                fitted.curvatures.append(fit)
+                stream, function = fitted.open_training(i), fitted.training_function()
+                # A correction takes training gradients elsewhere, out of the span.
+                moves = self.correction != "none"
+                span = None if moves else getattr(self.curvature, "span", None)
+                fit = None if span is None else span(stream, function, damping)
+                if fit is None:
+                    fit = self.curvature.fit(stream, function, damping, self.seed)
+                fitted.add(fit)
         self._require_solvers(fitted.curvatures)
         if self.correction != "none":
             fitted.find_steps()
@@ -132,7 +137,7 @@ class Influence:
                 restored = self.curvature.restore(
                     fitted.training[i], fitted.training_function(), parts
                 )
-            fitted.curvatures.append(restored)
+            fitted.add(restored)
         if self.correction != "none":
             fitted.find_steps()
         return fitted

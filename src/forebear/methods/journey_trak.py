@@ -16,6 +16,7 @@ from forebear.methods.influence import Influence
 from forebear.projections import Compression
 from forebear.task import Task
 from forebear.tasks.diffusion import Denoising, Point
+from forebear.tasks.images import require_batch
 from forebear.tasks.objective import SUMMARIES
 from forebear.tasks.sampling import Guided, Sampler
 from forebear.tasks.schedules import Level
@@ -124,6 +125,7 @@ class Journey:
         Raises:
             DataError: sampling from the keys does not lead to the images.
         """
+        require_batch(batch)
         image, keys, without = batch["image"], batch["key"], batch.get("without")
         guided = Guided(model, self.loss, batch.get("condition"), self.guidance, without)
         start = self.sampler.start(self.loss, keys, tuple(image.shape[1:])).to(image)

@@ -4,6 +4,7 @@ from dataclasses import fields, is_dataclass
 from importlib import import_module
 from typing import Any
 
+from forebear.descriptions import Described, describe
 from forebear.errors import FormatError
 
 PARTS = {
@@ -14,6 +15,7 @@ PARTS = {
     "ConceptInfluence": "forebear.methods.concept_trak",
     "Similarity": "forebear.methods.baselines",
     "Random": "forebear.methods.baselines",
+    "Pixels": "forebear.methods.pixels",
     "MUCS": "forebear.methods.mucs",
     "NDA": "forebear.methods.nda",
     "Unlearning": "forebear.methods.abu",
@@ -50,9 +52,14 @@ PARTS = {
 
 
 def settings_of(method: Any) -> dict[str, Any]:
-    """A configuration as nested dicts, each with the class name of its part; functions by name."""
+    """A configuration as nested dicts, each with the class name of its part.
+
+    Functions and objects of your own are `{"about": ...}`, their description.
+    """
 
     def plain(value: Any) -> Any:
+        if isinstance(value, Described):
+            return {"about": value.about}
         if is_dataclass(value) and not isinstance(value, type):
             parts = {f.name: plain(getattr(value, f.name)) for f in fields(value)}
             return {"type": type(value).__name__, **parts}
@@ -60,11 +67,8 @@ def settings_of(method: Any) -> dict[str, Any]:
             return [plain(item) for item in value]
         if isinstance(value, str | int | float | bool | None):
             return value
-        if not callable(value):
-            return repr(value)
-        from forebear.training.recipe import name_of  # not for methods that never train
-
-        return name_of(value)
+        about = describe(value)
+        return about if isinstance(about, str) else {"about": about}
 
     return plain(method)
 
@@ -81,6 +85,8 @@ def method_of(settings: dict[str, Any]) -> Any:
             return tuple(made(item) for item in value)
         if not isinstance(value, dict):
             return value
+        if value.keys() == {"about"}:
+            return Described(value["about"])
         kind = value.get("type")
         if kind not in PARTS:
             raise FormatError(

@@ -237,6 +237,7 @@ class _Examples:
     """A training set of which only the number of examples is known."""
 
     store: Store
+    absent = True
 
     def __len__(self) -> int:
         return len(self.store)

@@ -16,6 +16,7 @@ from forebear.data import Data, map_tensors, naming, require_finite
 from forebear.errors import DataError, NonFiniteError
 from forebear.task import Loss, Task, per_example
 from forebear.tasks.diffusion import Denoising, DenoisingTraining
+from forebear.tasks.images import require_batch
 from forebear.tasks.noise import moments
 from forebear.training.stacked import Call, State
 
@@ -59,7 +60,7 @@ class Visits:
         real = map_tensors(lambda t: t.to(batch["visit"].device), self.data.batch(rows))
         moment = moments(real["key"], self.seed, batch["visit"])
         with naming(self.data, rows):
-            require_finite(real["image"], "image")
+            require_batch(real)
         values = self.loss(model, {**real, "moment": moment})
         with naming(self.data, rows):
             require_finite(values.detach(), "loss")
@@ -112,7 +113,11 @@ class Query:
             for i in range(len(queries)):
                 state = start if changes is None else changed(start, changes[i], self.plan)
                 one = queries.slice(slice(i, i + 1))
-                row = self._gradient(self._moved(one.batch(slice(0, 1))), state, round)
+                batch = self._moved(one.batch(slice(0, 1)))
+                if self.training is not None:
+                    with naming(one, slice(0, 1)):
+                        self.training.check(batch)
+                row = self._gradient(batch, state, round)
                 if not torch.isfinite(row).all():
                     raise NonFiniteError(
                         f"the gradient of query {one.ids[0]} is NaN or infinite: repair the query, "
@@ -237,9 +242,12 @@ class PairedLosses:
         """A whole block, its last example several times where there are too few."""
         positions = torch.arange(rows.start, rows.start + BLOCK).clamp_max(rows.stop - 1)
         batch = map_tensors(lambda t: t.detach().to(self.task.device), data.batch(positions))
-        batch = flipped(batch) if mirrored else batch
         loss = self.task.loss
-        return _Noisy.of(loss, batch) if isinstance(loss, Denoising) else batch
+        if not isinstance(loss, Denoising):
+            return flipped(batch) if mirrored else batch
+        with naming(data, positions):
+            require_batch(batch)
+        return _Noisy.of(loss, flipped(batch) if mirrored else batch)
 
     def _function(self) -> Loss:
         if isinstance(self.task.loss, Denoising):

@@ -285,6 +285,7 @@ def _facts(about: Subject) -> dict[str, Any]:
         "queries": about.queries,
         "parameters": sum(p.numel() for p in parameters),
         "outputs": _outputs(about),
+        "step": _step(about),
         "itemsize": parameters[0].element_size() if parameters else 4,
     }
 
@@ -300,6 +301,19 @@ def _outputs(about: Subject) -> int:
         return rows_per_example(Stream(about.task, make_plan(about.task, few), few))
     except ForebearError:
         return 1
+
+
+def _step(about: Subject) -> int:
+    """Examples at a time of the method that takes least memory for each; see `Stream.held`."""
+    from forebear.plan import make_plan
+    from forebear.stream import BATCH, fitting
+
+    try:
+        held = make_plan(about.task, about.train.slice(slice(0, 2))).held
+    except ForebearError:
+        return BATCH
+    points = len(getattr(about.task.loss, "parts", (None,)))
+    return fitting(2 * (held.pass_ // points + held.written), BATCH)
 
 
 def _picked(data: Any, rows: Any, ids: Any) -> Any:

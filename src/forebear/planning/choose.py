@@ -221,7 +221,9 @@ def _explicit(name: str, options: dict[str, Any]) -> bool:
         method = methods.get(name, **options)
     except ForebearError:
         return False
-    return name == "similarity" or getattr(method, "projection", None) is not None
+    if name == "similarity":
+        return method.metric != "distance"
+    return getattr(method, "projection", None) is not None
 
 
 def _better(one: Offer, other: Offer) -> Offer:

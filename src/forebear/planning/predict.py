@@ -7,6 +7,7 @@ from forebear.planning.child import Request
 from forebear.planning.cost import Cost, Estimate, Point, extrapolate
 from forebear.planning.sample import Sample
 from forebear.planning.terms import PASSES, Facts
+from forebear.stream import BATCH
 
 NOISE = 0.015
 """Growth of memory below this share of it is taken for chance, unless it is known to be there."""
@@ -70,7 +71,10 @@ def predicted(sample: Sample, request: Request, examples: int, queries: int) -> 
     time_cost, seconds = whole(lambda p: p.seconds, terms)
     _, processor = whole(lambda p: p.processor, terms)
     disk_cost, disk = whole(lambda p: p.disk, PASSES)
+    # Beyond the examples of a batch memory stays what it is.
     batch = request.batch_size
+    if batch == BATCH and sample.facts.step is not None:
+        batch = sample.facts.step
     memory_cost, memory = extrapolate(
         points,
         [p.memory for p in points],

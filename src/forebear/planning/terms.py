@@ -45,6 +45,7 @@ class Facts:
         parameters: that are trained.
         outputs: rows of the Gauss-Newton matrix for each example.
         itemsize: bytes of a parameter.
+        step: the most examples at a time that a method works on by default, where it is known.
     """
 
     examples: int
@@ -52,6 +53,7 @@ class Facts:
     parameters: int
     outputs: int = 1
     itemsize: int = 4
+    step: int | None = None
 
 
 def terms_of(method: str, configured: Any, facts: Facts) -> tuple[str, ...]:

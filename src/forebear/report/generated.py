@@ -2,6 +2,7 @@
 
 import base64
 import io
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import numpy as np
 
 from forebear.gallery import Asked, Gallery, Listed, read_maps, read_picture
 from forebear.report import heat, image_words, words
+from forebear.report.meanings import ALIKE, meaning
 from forebear.report.page import FONTS, date, environment, font, static
 from forebear.run import Run
 
@@ -17,6 +19,9 @@ SMALL = 48
 """Side of pictures up to which their pixels are shown as squares."""
 
 THUMBNAIL = 160
+
+NUMBERED = re.compile(r"(key )?-?\d+")
+"""Ids that say nothing to people: positions, and keys of start noise."""
 
 DARK = 40
 """Median grey of the border below which pictures are bright strokes on black."""
@@ -30,13 +35,15 @@ class Slot:
         number: in the gallery.
         score: in the method's own units.
         width: of its bar, in percent of the row's largest.
-        rows: in how many rows of the panel it stands.
+        named: how many methods name it; rows to compare with do not count.
+        alike: whether it stands in a row to compare with too.
     """
 
     number: int
     score: float
     width: float
-    rows: int
+    named: int = 1
+    alike: bool = False
 
 
 @dataclass(frozen=True)
@@ -46,6 +53,7 @@ class Row:
     label: str
     hint: str
     baseline: bool
+    checked: bool
     slots: list[Slot]
 
 
@@ -60,10 +68,11 @@ class Pair:
 
 @dataclass(frozen=True)
 class Places:
-    """The maps of one generated image; `rare` is where few training images stand behind it."""
+    """The maps of one generated image; `rare` is orange where few training images fit."""
 
     pairs: list[Pair]
     rare: str
+    most: str
     caption: str
 
 
@@ -79,6 +88,7 @@ class Panel:
     concepts: list[Row]
     places: Places | None
     agreement: str
+    strange: str
     again: dict[str, Any] | None
 
 
@@ -95,7 +105,9 @@ def render_images(folder: Path, run: Run) -> str:
         .get_template("generated.html.j2")
         .render(
             run=run,
-            words=image_words,
+            meaning=meaning,
+            kicker=_kicker(folder, run),
+            warning=image_words.warning(gallery),
             title=image_words.title(run, gallery),
             headline=image_words.headline(run, gallery),
             figures=_figures(run, gallery),
@@ -125,7 +137,6 @@ OPTIONAL = ("coverage", "passes", "lds")
 
 
 def _panel(folder: Path, run: Run, gallery: Gallery, asked: Asked, place: int) -> Panel:
-    named = image_words.named_by(asked)
     again = None
     if asked.again is not None and gallery.effect is not None:
         effect = gallery.effect
@@ -143,10 +154,11 @@ def _panel(folder: Path, run: Run, gallery: Gallery, asked: Asked, place: int) -
         name=_name(asked, place),
         picture=_uri(folder, asked.image.picture),
         small=_small(folder, asked.image.picture),
-        rows=[_row(run, row, named) for row in asked.lists],
-        concepts=[_row(run, row, {}) for row in asked.concepts],
+        rows=[_row(run, gallery, row, asked) for row in asked.lists],
+        concepts=[_row(run, gallery, row) for row in asked.concepts],
         places=_places(folder, asked),
-        agreement=image_words.agreement(asked, len(asked.lists)),
+        agreement=image_words.agreement(run, asked),
+        strange=image_words.strangeness(gallery, place - 1),
         again=again,
     )
 
@@ -154,19 +166,34 @@ def _panel(folder: Path, run: Run, gallery: Gallery, asked: Asked, place: int) -
 def _name(asked: Asked, place: int) -> str:
     """What a generated image is called: its words, its own id, or its place on the page."""
     image = asked.image
-    return image.caption or (f"Picture {place}" if image.id.isdigit() else image.id.split("/")[-1])
+    if image.caption or not NUMBERED.fullmatch(image.id):
+        return image.caption or image.id.split("/")[-1]
+    return f"Picture {place}"
 
 
-def _row(run: Run, row: Listed, named: dict[int, int]) -> Row:
-    heights = _heights(row.scores)
+def _kicker(folder: Path, run: Run) -> str:
+    """The title that somebody gave; a folder's name is none."""
+    if not run.title or run.title == folder.resolve().name:
+        return "Generated images"
+    return run.title[0].upper() + run.title[1:]
+
+
+def _row(run: Run, gallery: Gallery, row: Listed, asked: Asked | None = None) -> Row:
+    """A row; of `asked`, where what other rows name is marked in it."""
+    baseline = row.method in ALIKE
+    settings = {method.name: method.settings for method in run.methods}
+    marked = None if baseline else asked
+    named = image_words.named_by(marked) if marked else {}
+    alike = image_words.looking_alike(marked) if marked else set()
     slots = [
-        Slot(number, score, height, named.get(number, 1))
-        for number, score, height in zip(row.images, row.scores, heights, strict=True)
+        Slot(number, score, height, named.get(number, 1), number in alike)
+        for number, score, height in zip(row.images, row.scores, _heights(row.scores), strict=True)
     ]
     return Row(
         label=row.about or image_words.method_label(run, row.method),
-        hint=image_words.hint(row.method),
-        baseline=row.method in image_words.BASELINES,
+        hint=meaning(row.method, settings.get(row.method)).hint,
+        baseline=baseline,
+        checked=gallery.effect is not None and gallery.effect.method == row.method,
         slots=slots,
     )
 
@@ -184,6 +211,7 @@ def _places(folder: Path, asked: Asked) -> Places | None:
     if asked.maps is None:
         return None
     maps = read_maps(folder, asked.maps.file)
+    fewest, most = heat.behind(maps["entropy"])
     here, there = maps["here"], maps["there"]
     return Places(
         pairs=[
@@ -194,8 +222,9 @@ def _places(folder: Path, asked: Asked) -> Places | None:
             )
             for i, number in enumerate(asked.maps.images)
         ],
-        rare=heat.overlay(heat.rarity(maps["entropy"]), 1.0),
-        caption=image_words.map_caption(*heat.behind(maps["entropy"])),
+        rare=heat.overlay(heat.rarity(maps["entropy"], max(most, heat.LEAST)), 1.0),
+        most=words.count(round(max(most, heat.LEAST))),
+        caption=image_words.map_caption(fewest, most),
     )
 
 
@@ -215,7 +244,10 @@ def _figures(run: Run, gallery: Gallery) -> list[tuple[str, str]]:
         figures.append((words.count(effect.models), "models trained again to check it"))
     if run.dataset is not None:
         figures.append((words.count(run.dataset.train), "training images looked at"))
-    figures.append((words.count(len(run.methods)), "ways of looking, side by side"))
+    ways = sum(method.name not in ALIKE for method in run.methods)
+    alike = len(run.methods) - ways
+    beside = f", and {alike} by likeness alone to compare with" if alike else ", side by side"
+    figures.append((words.count(ways), f"way{'' if ways == 1 else 's'} to estimate it{beside}"))
     return figures
 
 

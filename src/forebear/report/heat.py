@@ -12,6 +12,9 @@ STRONGEST = 225
 CONTRAST = 0.65
 """Power of the weights: below one, weak places show too."""
 
+LEAST = 10.0
+"""Training images at the clear end of the scale, at least: few more than one are no contrast."""
+
 LARGEST = 96
 """Side in pixels above which maps are made smaller."""
 
@@ -32,10 +35,9 @@ def overlay(weights: np.ndarray, largest: float) -> str:
     return "data:image/png;base64," + base64.b64encode(stream.getvalue()).decode()
 
 
-def rarity(entropy: np.ndarray) -> np.ndarray:
-    """From 0, where most training images stand behind a place, to 1, where the fewest do."""
-    low, high = float(entropy.min()), float(entropy.max())
-    return (high - entropy) / (high - low) if high > low else np.zeros_like(entropy)
+def rarity(entropy: np.ndarray, most: float) -> np.ndarray:
+    """From 0, where `most` training images or more stand behind a place, to 1, where one does."""
+    return np.clip(1 - entropy / np.log(most), 0, 1)
 
 
 def behind(entropy: np.ndarray) -> tuple[float, float]:

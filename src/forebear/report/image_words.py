@@ -1,38 +1,20 @@
 """The sentences of the page of generated images, for people who never heard of attribution."""
 
 from forebear.gallery import Asked, Effect, Gallery, Regenerated
-from forebear.report.words import NBSP, count, number, plural
+from forebear.report.meanings import ALIKE
+from forebear.report.words import NBSP, count, number, percent, plural
 from forebear.run import Run
-
-BASELINES = ("pixels", "similarity", "random")
-"""Methods that only compare: whatever claims to know more has to find something else."""
-
-LOOKS_AT = {
-    "pixels": "looks alike, pixel by pixel",
-    "similarity": "looks alike to the model",
-    "random": "drawn by chance",
-    "das": "moves what the model says the most",
-    "dtrak": "trained what the model says here",
-    "trak": "lowered the model’s error here",
-    "graddot": "lowered the model’s error here",
-    "gradcos": "lowered the model’s error here",
-    "tracin": "lowered the model’s error here",
-    "ekfac": "lowered the model’s error here",
-    "kfac": "lowered the model’s error here",
-    "journey_trak": "trained the steps from noise to this",
-    "abu": "is forgotten along with this image",
-    "mucs": "is forgotten along with this image",
-    "nda": "has the parts that an ideal model takes",
-    "concept_trak": "taught the model this part",
-}
-"""What a high score of a method means, in the fewest words."""
 
 CONVINCING = 0.05
 
+STRANGE = 1.5
+"""Times the median loss of training images from which the model does not know an image."""
 
-def hint(name: str) -> str:
-    """What a high score of a method means."""
-    return LOOKS_AT.get(name, "helped the model to make this")
+COMMON = 10.0
+"""Training images that fit a part which is likely to be background."""
+
+NOTHING = 0.8
+"""Share of the loss of knowing nothing from which a model has hardly learned."""
 
 
 def title(run: Run, gallery: Gallery) -> str:
@@ -40,26 +22,88 @@ def title(run: Run, gallery: Gallery) -> str:
     effect = gallery.effect
     if effect is not None and matters(effect) and effect.ratio is not None:
         return (
-            f"Without the training images behind it, a picture changes {times(effect.ratio)} as "
-            "much as without random ones."
+            f"Without the training images that {method_label(run, effect.method)} names first, a "
+            f"picture changes {times(effect.ratio)} as much as without random ones."
         )
-    train = run.dataset.train if run.dataset is not None else len(gallery.train)
-    asked = run.dataset.queries if run.dataset is not None else len(gallery.asked)
-    return f"{_pictures(asked)}, and where they come from in {plural(train, 'training image')}."
+    train, asked = _counts(run, gallery)
+    if hardly_learned(gallery):
+        return f"{plural(asked, 'generated image')}, by a model that has hardly learned yet."
+    shown = len(gallery.asked)
+    if shown and all(strange(gallery, place) for place in range(shown)):
+        return f"{plural(asked, 'generated image')}, strange to the very model that made them."
+    behind = "it" if asked == 1 else "them"
+    return (
+        f"{plural(asked, 'generated image')}, and which of {plural(train, 'training image')} are "
+        f"most likely behind {behind}."
+    )
 
 
 def headline(run: Run, gallery: Gallery) -> str:
-    """What was done, and what came out."""
-    train = run.dataset.train if run.dataset is not None else len(gallery.train)
-    asked = run.dataset.queries if run.dataset is not None else len(gallery.asked)
+    """What was done, what was checked, and what was not."""
+    train, asked = _counts(run, gallery)
     first = (
         f"A model that learned from {plural(train, 'image')} made {plural(asked, 'picture')}. "
-        f"Below: the training images behind {'it' if asked == 1 else 'each'}, as several methods "
-        "see it"
+        f"Below: the training images most likely behind {'it' if asked == 1 else 'each'}, as "
+        "several methods estimate it. "
     )
-    if gallery.effect is None:
-        return first + ". Nothing here was checked by training again without them yet."
-    return f"{first}, and what the model makes when they are missing."
+    effect = gallery.effect
+    if effect is None:
+        return first + (
+            "None of it was checked: that takes training the model again without those images."
+        )
+    label = method_label(run, effect.method)
+    return first + (
+        f"The list of {label} was checked by training again without its first {effect.count} "
+        "images; the other lists were not."
+    )
+
+
+def warning(gallery: Gallery) -> str:
+    """Why the whole page deserves no trust; nothing where it does."""
+    known = gallery.familiar
+    if known is None:
+        return ""
+    if known.share is not None and hardly_learned(gallery):
+        better = "little better than" if known.share < 1 else "no better than"
+        return (
+            "This model has hardly learned anything: on its own training images it does "
+            f"{better} one that knows their average alone (its error is {percent(known.share)} "
+            "of that). Train it for longer: what such a model owes to its images says nothing yet."
+        )
+    asked, odd = len(known.losses), sum(strange(gallery, i) for i in range(len(known.losses)))
+    if not odd:
+        return ""
+    which = "this picture" if asked == 1 else "all" if odd == asked else f"{odd} of"
+    which += "" if asked == 1 else f" {asked} pictures"
+    return (
+        f"The model itself finds {which} stranger than any of the {count(known.among)} training "
+        "images it was tried on. Such a picture is most likely noise or half finished, and then "
+        "its rows mean little, however sure they look. Train for longer, or draw with more steps."
+    )
+
+
+def hardly_learned(gallery: Gallery) -> bool:
+    """Whether the model knows little more of its training images than their average."""
+    known = gallery.familiar
+    return known is not None and known.share is not None and known.share > NOTHING
+
+
+def strange(gallery: Gallery, place: int) -> bool:
+    """Whether the model has more trouble with a generated image than with training images."""
+    known = gallery.familiar
+    if known is None or place >= len(known.losses):
+        return False
+    return known.losses[place] > max(known.largest, STRANGE * known.median)
+
+
+def strangeness(gallery: Gallery, place: int) -> str:
+    """The same of one picture in words; nothing where it is as it should be."""
+    known = gallery.familiar
+    if known is None or not strange(gallery, place):
+        return ""
+    ratio = known.losses[place] / known.median if known.median > 0 else 0.0
+    error = f"error {times(ratio)} that of a typical training image" if ratio else "larger error"
+    return f"Strange to the model itself ({error}): take its rows with care."
 
 
 def effect_finding(run: Run, effect: Effect) -> str:
@@ -100,27 +144,41 @@ def again_finding(one: Regenerated, count_removed: int, label: str) -> str:
     )
 
 
-def agreement(asked: Asked, labels: int) -> str:
-    """On how many training images the rows agree."""
-    named = named_by(asked)
-    shared = sum(times > 1 for times in named.values())
-    if labels < 2:
-        return ""
-    if not shared:
-        return f"The {labels} rows name {len(named)} training images, no two of them the same."
-    return (
-        f"The {labels} rows name {len(named)} training images; {shared} of them "
-        f"{'is' if shared == 1 else 'are'} named more than once."
-    )
+def agreement(run: Run, asked: Asked) -> str:
+    """On how many training images the methods agree, and how many of those just look alike."""
+    rows = [row for row in asked.lists if row.method not in ALIKE]
+    named, alike = named_by(asked), looking_alike(asked)
+    said = []
+    if len(rows) > 1:
+        labels = [method_label(run, row.method) for row in rows]
+        who = f"{', '.join(labels[:-1])} and {labels[-1]}"
+        shared = sum(times > 1 for times in named.values())
+        more = "both" if len(rows) == 2 else "more than one"
+        said.append(
+            f"{who} name {plural(len(named), 'training image')}, "
+            f"{shared or 'none'} of them by {more}."
+        )
+    also = len(alike & set(named))
+    if named and len(rows) < len(asked.lists):
+        said.append(
+            f"{also or 'None'} of the {len(named)} also "
+            f"{'stands' if also == 1 else 'stand'} in a row to compare with."
+        )
+    return " ".join(said)
 
 
 def named_by(asked: Asked) -> dict[int, int]:
-    """In how many rows each training image stands."""
+    """How many methods name each training image; those that only compare do not count."""
     found: dict[int, int] = {}
     for row in asked.lists:
-        for image in row.images:
+        for image in row.images if row.method not in ALIKE else []:
             found[image] = found.get(image, 0) + 1
     return found
+
+
+def looking_alike(asked: Asked) -> set[int]:
+    """Training images in the rows to compare with."""
+    return {image for row in asked.lists if row.method in ALIKE for image in row.images}
 
 
 def overlap(gallery: Gallery, method: str, other: str) -> float | None:
@@ -137,15 +195,18 @@ def overlap(gallery: Gallery, method: str, other: str) -> float | None:
 def map_caption(fewest: float, most: float) -> str:
     """What the maps say; numbers of training images behind a place, at the fewest and the most."""
     text = (
-        "Pairs: orange on the left is where the training image matters, orange on the right what "
-        "of it does. "
+        "By NDA, which fits pieces of training images to pieces of the picture and asks no model. "
+        "In each pair, orange on the left is where in the picture that training image fits best; "
+        "orange on the right is the piece of it that fits. "
     )
-    if round(fewest) == round(most):
-        return f"{text}Last: behind every place stand about as many training images."
+    if _about(fewest) == _about(most):
+        return (
+            f"{text}Every part of this picture is about as common: about {_images(fewest)} "
+            f"{'fits' if _about(fewest) == 'one' else 'fit'} it."
+        )
     return (
-        f"{text}Last: orange parts are shared by few training images, down to about "
-        f"{_about(fewest)}; behind clear ones, such as plain background, stand up to "
-        f"{_about(most)}."
+        f"{text}The rarest part of this picture fits about {_images(fewest)}, the most common "
+        f"part{', such as plain background,' if most > COMMON else ''} {_images(most)}."
     )
 
 
@@ -164,8 +225,11 @@ def method_label(run: Run, name: str) -> str:
     return next((m.label for m in run.methods if m.name == name), name)
 
 
-def _pictures(asked: int) -> str:
-    return plural(asked, "generated image")
+def _counts(run: Run, gallery: Gallery) -> tuple[int, int]:
+    """Training images and generated ones."""
+    if run.dataset is not None:
+        return run.dataset.train, run.dataset.queries
+    return len(gallery.train), len(gallery.asked)
 
 
 def _chance(p: float) -> str:
@@ -180,3 +244,7 @@ def _chance(p: float) -> str:
 
 def _about(value: float) -> str:
     return count(round(value)) if value >= 1.5 else "one"
+
+
+def _images(value: float) -> str:
+    return f"{_about(value)} training image{'' if _about(value) == 'one' else 's'}"

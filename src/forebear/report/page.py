@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from forebear.report import words
+from forebear.report.descriptions import described
 from forebear.report.material import Examples, Query, Suspects, queries, suspects
 from forebear.report.thumbnails import Sprite, sprite
 from forebear.run import IMAGES, MethodResult, Run
@@ -214,5 +215,6 @@ def environment() -> Any:
         multiple=words.multiple,
         duration=words.duration,
         span=words.span,
+        described=described,
     )
     return templates

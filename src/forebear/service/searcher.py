@@ -235,6 +235,8 @@ class Searcher:
             queries=queries,
             seed=about.seed,
             version=version(),
+            loss=about.loss,
+            measure=fitted.task.facts()["measure"] if fitted else None,
         )
 
     def facts(self) -> dict[str, Any]:
@@ -251,6 +253,7 @@ class Searcher:
             "settings": about.plain()["settings"],
             "model": about.model,
             "train": about.train,
+            "loss": about.loss,
             "version": about.version,
             "search": "exact" if self.index is None else self.index.kind,
             "recall": None if self.index is None else str(self.index.recall),

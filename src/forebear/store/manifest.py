@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from forebear.descriptions import same, shown
 from forebear.errors import DataError, FormatError, MismatchError
 from forebear.store.files import write_whole
 from forebear.types import read_json, require_choices
@@ -26,7 +27,7 @@ COLUMN_DTYPES = ("int64", "int32", "float64", "float32", "bool", "string")
 StoredType = Literal["float32", "float16", "bfloat16", "int8"]
 
 SAME = ("dimension", "dtype", "scale_columns", "ids", "weighted", "columns", "parts")
-FINGERPRINTS = ("model", "method", "settings", "seed", "precision")
+FINGERPRINTS = ("model", "method", "settings", "seed", "precision", "loss")
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,8 @@ class Manifest:
         seed: of projections.
         precision: in which rows were computed.
         version: of forebear; recorded, not compared.
+        loss: description of what the model was trained with; None where rows have no model, and in
+            stores of earlier versions, and then not compared.
     """
 
     rows: int
@@ -82,6 +85,7 @@ class Manifest:
     seed: int | None = None
     precision: str = "float32"
     version: str = ""
+    loss: Any = None
 
     def __post_init__(self) -> None:
         require_choices(self)
@@ -137,16 +141,21 @@ class Manifest:
         """Raise `MismatchError` naming the first of the fields `names` that differs."""
         mine, theirs = self.plain(), other.plain()
         for name in names:
-            if mine[name] != theirs[name]:
+            if name == "loss" and not (name in mine and name in theirs):
+                continue
+            if not same(mine[name], theirs[name]):
                 raise MismatchError(
-                    f"{name} differs: the store has {_shown(mine[name], theirs[name])} and this is "
-                    f"{_shown(theirs[name], mine[name])}; their rows must not be mixed: use "
+                    f"{name} differs: the store has {shown(mine[name], theirs[name])} and this is "
+                    f"{shown(theirs[name], mine[name])}; their rows must not be mixed: use "
                     "another folder, or build the store again"
                 )
 
     def plain(self) -> dict[str, Any]:
-        """As it is read back from JSON."""
-        return json.loads(json.dumps(asdict(self)))
+        """As it is read back from JSON; without a loss where none is known."""
+        facts = json.loads(json.dumps(asdict(self)))
+        if self.loss is None:
+            del facts["loss"]
+        return facts
 
     def write(self, folder: Path) -> None:
         """Write `manifest.json` whole or not at all."""
@@ -167,7 +176,7 @@ class Manifest:
         path = folder / NAME
         if not path.exists():
             raise FormatError(f"{folder} is not a store: it has no {NAME}")
-        content = {"scale_columns": 0, **read_json(path, FORMAT)}
+        content = {"scale_columns": 0, "loss": None, **read_json(path, FORMAT)}
         try:
             known: dict[str, Any] = {f.name: content[f.name] for f in fields(cls)}
             known["columns"] = {
@@ -181,10 +190,3 @@ class Manifest:
     def with_rows(self, rows: int, **changes: Any) -> "Manifest":
         """The same facts about another number of rows."""
         return replace(self, rows=rows, **changes)
-
-
-def _shown(value: Any, other: Any) -> str:
-    """A value in a message; of two mappings only what differs."""
-    if isinstance(value, dict) and isinstance(other, dict):
-        value = {k: v for k, v in value.items() if k not in other or other[k] != v}
-    return repr(value)

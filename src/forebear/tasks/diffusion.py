@@ -1,5 +1,6 @@
 """Denoising diffusion: the loss of a network that takes noise off images."""
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, get_args
@@ -7,7 +8,14 @@ from typing import Any, Literal, NamedTuple, get_args
 import torch
 from torch import Tensor, nn
 
-from forebear.errors import DataError, TaskError, unknown_name
+from forebear.errors import TaskError, unknown_name
+from forebear.tasks.failures import why_failed
+from forebear.tasks.images import (
+    keys_of,
+    require_batch,
+    require_conditions,
+    require_scaled,
+)
 from forebear.tasks.noise import gaussian, uniform
 from forebear.tasks.objective import Objective
 from forebear.tasks.schedules import Continuous, Discrete, Level, Schedule
@@ -18,10 +26,6 @@ Pairing = Literal["example", "shared"]
 
 Call = Callable[[nn.Module, Tensor, Tensor, Any], Tensor]
 """`call(model, noisy [b, ...], levels [b], condition or None)` gives a prediction `[b, ...]`."""
-
-RANGE = 4.0
-"""Images whose pixels exceed this in size are not scaled as a diffusion model expects them."""
-
 
 LEVELS, PIXELS = 1.0, 2.0
 """What of a moment is drawn: keeps the level apart from the noise."""
@@ -41,27 +45,20 @@ def images(pixels: Tensor, condition: Tensor | None = None, *, keys: Any = None)
         pixels: `[n, c, h, w]` or any other shape that the network takes, floating point and
             scaled as in training, mostly from -1 to 1.
         condition: `[n, ...]` of each image: a label, or an embedded text.
-        keys: integers `[n]` that noise belongs to; positions when left out. Queries need keys of
-            their own only where noise is to differ from that of the training examples.
+        keys: integers `[n]` that noise belongs to, all different; positions when left out. Queries
+            need keys of their own only where noise is to differ from that of the training examples.
 
     Raises:
-        DataError: pixels are integers, or are not scaled.
+        DataError: pixels are integers, or are not scaled; conditions or keys are not one for each
+            image, or keys are no integers or repeat.
+        NonFiniteError: a pixel is NaN or infinite.
     """
-    if not pixels.is_floating_point():
-        raise DataError(
-            f"images are of type {str(pixels.dtype).removeprefix('torch.')}: scale them as in "
-            "training, for example pixels / 127.5 - 1"
-        )
-    if pixels.numel() and pixels.abs().max() > RANGE:
-        raise DataError(
-            f"images reach {pixels.abs().max().item():.4g}: scale them as in training, mostly "
-            "from -1 to 1"
-        )
-    own = torch.arange(len(pixels)) if keys is None else torch.as_tensor(keys).long()
-    if len(own) != len(pixels):
-        raise DataError(f"{len(own)} keys were given for {len(pixels)} images: give one each")
-    batch = {"image": pixels, "key": own}
-    return batch if condition is None else {**batch, "condition": condition}
+    require_scaled(pixels)
+    batch = {"image": pixels, "key": keys_of(keys, len(pixels))}
+    if condition is None:
+        return batch
+    require_conditions(condition, len(pixels))
+    return {**batch, "condition": condition}
 
 
 class Denoising(Objective):
@@ -106,14 +103,19 @@ class Denoising(Objective):
             )
         if noise not in get_args(Pairing):
             raise unknown_name("noise", noise, get_args(Pairing))
-        if draws < 1:
-            raise TaskError(f"draws is {draws}: it must be at least 1")
+        if not isinstance(draws, int) or draws < 1:
+            raise TaskError(f"draws is {draws}: it must be a whole number from 1")
         self.prediction: Prediction = prediction
         chosen = self.schedule.levels(levels) if isinstance(levels, int) else tuple(levels)
         if not chosen:
             raise TaskError("levels is empty: name at least one timestep or noise scale")
-        for level in chosen:
+        for place, level in enumerate(chosen):
             self.schedule.at(level)
+            if level in chosen[:place]:
+                raise TaskError(
+                    f"levels name {level} more than once, always with the same noise: name it "
+                    "once, and take more draws= for more noise"
+                )
         self.levels = tuple(float(level) for level in chosen)
         self.draws = draws
         self._first = 0  # of the draws
@@ -132,6 +134,29 @@ class Denoising(Objective):
             seed=self.seed,
             call=self.call,
         )
+
+    @property
+    def about(self) -> dict[str, Any]:
+        """What decides the loss, for records that must not be mixed."""
+        own = {name: one for name, one in vars(self).items() if not name.startswith("_")}
+        first = {"first_draw": self._first} if self._first else {}
+        asked = self._asked()
+        return {**asked, **{k: v for k, v in own.items() if k not in asked}, **first}
+
+    def _asked(self) -> dict[str, Any]:
+        """What the network is for, at whatever level and noise."""
+        called = "plain" if self.call is _plain_call else self.call
+        return {"prediction": self.prediction, "schedule": self.schedule, "call": called}
+
+    @property
+    def clearest(self) -> Level:
+        """The least noisy of the levels that have noise at all, where most can be seen."""
+
+        def order(level: Level) -> tuple[bool, float]:
+            signal, strength = self.schedule.at(level)
+            return strength == 0, strength / signal if signal else math.inf
+
+        return min(self.levels, key=order)
 
     @property
     def points(self) -> tuple[Point, ...]:
@@ -169,7 +194,14 @@ class Denoising(Objective):
         levels = level if isinstance(level, Tensor) else noisy.new_full((len(noisy),), level)
         if isinstance(self.schedule, Discrete):
             levels = levels.long()
-        said = self.call(model, noisy, levels, batch.get("condition"))
+        condition = batch.get("condition")
+        try:
+            said = self.call(model, noisy, levels, condition)
+        except (TypeError, AttributeError, ValueError, IndexError, RuntimeError) as error:
+            reason = why_failed(error, model, noisy, condition)
+            if reason is None:
+                raise
+            raise TaskError(f"{reason} ({type(error).__name__}: {error})") from error
         if said.shape != noisy.shape:
             raise TaskError(
                 f"the network gives {tuple(said.shape)} for images of shape {tuple(noisy.shape)}: "
@@ -213,7 +245,7 @@ class Denoising(Objective):
 
     def outputs(self, model: nn.Module, batch: Any) -> Tensor:
         """Predictions at every point, `[b, points, pixels]`."""
-        self._require(batch)
+        require_batch(batch)
         said = [
             self.predicted(model, self.noisy(batch, point), point.level, batch).flatten(1)
             for point in self.points
@@ -267,7 +299,7 @@ class Denoising(Objective):
 
     def terms(self, model: nn.Module, batch: Any) -> Iterator[tuple[Point, Tensor, Tensor, Tensor]]:
         """Point, noisy images, noise and prediction, one point at a time."""
-        self._require(batch)
+        require_batch(batch)
         for point in self.points:
             noise = self.noise_of(batch, point)
             noisy = self.noisy(batch, point, noise)
@@ -290,13 +322,6 @@ class Denoising(Objective):
     def _keys(self, batch: Any) -> Tensor:
         return batch["key"] * 0 if self.noise == "shared" else batch["key"]
 
-    def _require(self, batch: Any) -> None:
-        if not hasattr(batch, "keys") or not {"image", "key"} <= set(batch):
-            raise DataError(
-                "a batch of a diffusion task is a dict with 'image' and 'key': make the dataset "
-                "with forebear.images(pixels, condition)"
-            )
-
 
 @dataclass(frozen=True)
 class DenoisingTraining:
@@ -317,6 +342,19 @@ class DenoisingTraining:
     spread: float = 1.2
     random = True
     name = "denoising_training"
+
+    @property
+    def about(self) -> dict[str, Any]:
+        """What decides the loss; levels, draws and seed of `loss` play no part in training."""
+        drawn = {"location": self.location, "spread": self.spread}
+        continuous = isinstance(self.loss.schedule, Continuous)
+        # Nothing is known of what else a loss of another class looks at.
+        whole = {} if type(self.loss) is Denoising else {"loss": self.loss}
+        return {**self.loss._asked(), **whole, **(drawn if continuous else {})}
+
+    def check(self, batch: Any) -> None:
+        """Refuse examples that are not images as in training; see `require_batch`."""
+        require_batch(batch)
 
     def __call__(self, model: nn.Module, batch: Any) -> Tensor:
         """Weighted squared error of each example at its moment, `[b]`."""

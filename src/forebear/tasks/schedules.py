@@ -83,7 +83,7 @@ class Discrete:
 
     def at(self, level: Level) -> tuple[float, float]:
         """`√ᾱ_t` and `√(1 − ᾱ_t)`."""
-        if level != int(level) or not 0 <= level < len(self.signal):
+        if not math.isfinite(level) or level != int(level) or not 0 <= level < len(self.signal):
             raise TaskError(
                 f"timestep {level} does not exist: the schedule has whole ones from 0 to "
                 f"{len(self.signal) - 1}"
@@ -120,16 +120,16 @@ class Continuous:
     power: float = 7.0
 
     def __post_init__(self) -> None:
-        if not (self.deviation > 0 and 0 < self.least < self.most):
+        if not (0 < self.deviation < math.inf and 0 < self.least < self.most < math.inf):
             raise TaskError(
                 f"deviation is {self.deviation}, noise scales go from {self.least} to {self.most}: "
-                "all must be above 0, and rising"
+                "all must be above 0 and finite, and rising"
             )
 
     def at(self, level: Level) -> tuple[float, float]:
         """One, and σ itself."""
-        if not level > 0:
-            raise TaskError(f"noise scale {level}: it must be above 0")
+        if not 0 < level < math.inf:
+            raise TaskError(f"noise scale {level}: it must be above 0 and finite")
         return 1.0, float(level)
 
     def levels(self, count: int) -> tuple[Level, ...]:

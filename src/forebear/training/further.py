@@ -207,7 +207,8 @@ class _Measurement:
         own = {"reliability", "seeds", "max_seeds", "adjustment"}  # these change no run
         kept = {k: v for k, v in settings.settings.items() if k not in own}
         left = [group.tolist() for group in groups]
-        self.pieces = Pieces(folder, {**self.facts, **kept, "groups": left}, "runs")
+        known = {**self.facts, **task.facts(), **kept, "groups": left}
+        self.pieces = Pieces(folder, known, "runs")
 
     def seed(self, seed: int) -> Tensor:
         """Measurements of all runs, `[amounts, q, 1 + m]`, training on everything first."""

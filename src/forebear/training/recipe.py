@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from forebear.data import Data, batch_length, map_tensors
+from forebear.data import Data, batch_length, map_tensors, naming
+from forebear.descriptions import describe
 from forebear.errors import NonFiniteError, TaskError, unknown_name
 from forebear.task import Checkpoint, Loss, per_example, state_hash
 from forebear.tasks.noise import moments
@@ -165,14 +166,14 @@ class Recipe:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """All settings, ready for JSON; functions by name."""
+        """All settings, ready for JSON; functions and losses described."""
         named = {
             name: getattr(self, name)
             for name in self.__dataclass_fields__
             if name not in ("_", "build", "loss")
         }
         named["betas"] = list(self.betas)
-        return {"build": name_of(self.build), "loss": name_of(self.loss), **named}
+        return {"build": describe(self.build), "loss": describe(self.loss), **named}
 
     @cached_property
     def fingerprint(self) -> str:
@@ -196,7 +197,8 @@ class Recipe:
                 rate = self.learning_rate * rate_factor(self.schedule, step, total)
                 optimizer.param_groups[0]["lr"] = rate
                 batch = map_tensors(lambda t: t.to(device), data.batch(rows))
-                batch = stamped(batch, self.loss, seed, epoch)
+                with naming(data, rows):
+                    batch = stamped(batch, self.loss, seed, epoch)
                 optimizer.zero_grad()
                 losses = per_example(self.loss(model, batch), batch_length(batch), "the loss")
                 losses.mean().backward()
@@ -208,15 +210,20 @@ class Recipe:
 def stamped(batch: Any, loss: Loss, seed: int | Tensor, epoch: int) -> Any:
     """The batch with the moment of each example's visit, for losses that draw random numbers.
 
-    Such a loss has an attribute `random` that is true, and its examples have a `key`.
+    Such a loss has an attribute `random` that is true, and its examples have a `key`. It may have a
+    `check(batch)` that refuses examples, which inside a stack of models it could not look at.
     """
     if not getattr(loss, "random", False):
         return batch
     if not hasattr(batch, "keys") or "key" not in batch:
         raise TaskError(
             f"{name_of(loss)} draws noise that belongs to examples, and they have no 'key': make "
-            "the dataset with forebear.images"
+            "the dataset with forebear.tasks.diffusion.images"
         )
+    check = getattr(loss, "check", None)
+    if check is not None:
+        last = batch["key"].ndim - 1  # members of a stack come first
+        check(map_tensors(lambda t: t.flatten(0, last) if t.ndim > last else t, batch))
     return {**batch, "moment": moments(batch["key"], seed, epoch)}
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad_and_value, vmap
 
-from forebear.data import Data, map_tensors
+from forebear.data import Data, map_tensors, naming
 from forebear.errors import DataError, ForebearWarning
 from forebear.task import Loss, per_example
 
@@ -185,7 +185,8 @@ class Stack:
         """The gradients of one step, without making it."""
         batch = gathered(data, rows, self._first.device)
         if stamp is not None:
-            batch = stamp(batch)
+            with naming(data, rows.reshape(-1)):
+                batch = stamp(batch)
         weights = weights.to(self._first)
         named, losses = gradients(
             self.parameters, self.buffers, batch, weights, shared=rows.ndim == 1

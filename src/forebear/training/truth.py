@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from forebear.data import Data
+from forebear.descriptions import describe
 from forebear.errors import DataError, FormatError, NonFiniteError, TaskError
 from forebear.executors import Executor, Pieces, results, write_tensors
 from forebear.progress import track
@@ -47,6 +48,7 @@ class GroundTruth:
         recipe: settings of the recipe.
         recipe_hash: its fingerprint.
         version: of forebear.
+        measured: description of the measurement; None in files of earlier versions.
     """
 
     subsets: Tensor
@@ -61,6 +63,7 @@ class GroundTruth:
     recipe: dict[str, Any] = field(default_factory=dict)
     recipe_hash: str = ""
     version: str = ""
+    measured: Any = None
 
     @classmethod
     def collect(
@@ -94,6 +97,7 @@ class GroundTruth:
             executor: where to retrain; in this process when left out.
 
         Raises:
+            TaskError: there is no loss to measure, or it draws new noise at every visit.
             MismatchError: the folder belongs to another recipe, data set or choice of subsets.
             NonFiniteError: an outcome is NaN or infinite.
         """
@@ -103,6 +107,12 @@ class GroundTruth:
         if not chosen or len(set(chosen)) < len(chosen):
             raise DataError(f"seeds are {chosen}: give at least one, all different")
         loss = loss or (recipe.loss if isinstance(recipe, Recipe) else None)
+        if measure is None and getattr(loss, "random", False):
+            raise TaskError(
+                f"{name_of(loss)} draws new noise at every visit, so it measures nothing twice: "
+                "pass measure=, for example lambda model, batch: -loss(model, batch) with the "
+                "fb.losses.Denoising that it was made from"
+            )
         known = isinstance(recipe, Recipe)
         empty = cls(
             subsets=masks,
@@ -113,7 +123,8 @@ class GroundTruth:
             queries=queries.fingerprint,
             model="" if model is None else state_hash(model.state_dict()),
             measure=f"minus {name_of(loss)}" if measure is None else name_of(measure),
-            recipe=recipe.settings if known else {"callable": name_of(recipe)},
+            measured={"minus": describe(loss)} if measure is None else describe(measure),
+            recipe=recipe.settings if known else {"callable": describe(recipe)},
             recipe_hash=recipe.fingerprint if known else "",
             version=version("forebear"),
         )
@@ -184,7 +195,8 @@ class GroundTruth:
             raise FormatError(f"{folder} does not hold a whole ground truth: {error}") from error
 
     def _facts(self) -> dict[str, Any]:
-        names = ("kind", "train", "queries", "model", "measure", "recipe", "recipe_hash", "version")
+        names = ("kind", "train", "queries", "model", "measure", "measured", "recipe")
+        names = (*names, "recipe_hash", "version")
         return {"seeds": list(self.seeds), **{name: getattr(self, name) for name in names}}
 
 

@@ -18,6 +18,9 @@ SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 CAPTION_COLUMNS = ("text", "caption", "prompt")
 """Of `metadata.jsonl`; the first that is there."""
 
+SIXTEEN_BITS = 65535
+TRANSPARENT = ("RGBA", "RGBa", "LA", "La", "PA")
+
 Embed = Callable[[Sequence[str]], Tensor]
 """Texts to conditions `[n, tokens, width]`."""
 
@@ -79,7 +82,7 @@ class Folder:
         path = self.root / self.names[i]
         try:
             with Image.open(path) as opened:
-                upright = ImageOps.exif_transpose(opened).convert("L" if self.grey else "RGB")
+                upright = _flat(ImageOps.exif_transpose(opened), "L" if self.grey else "RGB")
         except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
             raise DataError(f"{path} cannot be read as an image: {error}") from error
         cut = np.array(_brought_to(upright, self.size), dtype=np.float32)
@@ -97,8 +100,9 @@ def folder(
 ) -> Data:
     """A dataset of the images in a folder and the folders below it, read as they are needed.
 
-    Images are turned upright, cropped to the middle, resized and scaled to [-1, 1]. Ids are file
-    names below the folder, and noise belongs to them.
+    Images are turned upright, laid on white where they are transparent, cropped to the middle,
+    resized and scaled to [-1, 1]. Ids are file names below the folder, and noise belongs to them.
+    Files and folders whose names begin with a dot are left out.
 
     Args:
         path: of the folder, with files of the types png, jpg, webp or bmp.
@@ -160,6 +164,22 @@ def keys_of(names: Sequence[str]) -> Tensor:
     return torch.tensor([int.from_bytes(d, "little", signed=True) for d in digests])
 
 
+def _flat(picture: Any, mode: str) -> Any:
+    """A picture without transparency, in 8 bits: grey (`L`) or in colour (`RGB`)."""
+    from PIL import Image
+
+    if picture.mode.startswith("I"):
+        # Grey of 16 bits. Pillow's own conversion makes everything above 255 white.
+        values = np.asarray(picture).astype(np.float64)
+        return Image.fromarray(np.rint(values / SIXTEEN_BITS * 255).astype(np.uint8)).convert(mode)
+    if picture.mode in TRANSPARENT or "transparency" in picture.info:
+        # Whatever colour is stored under transparent pixels, nobody has seen it.
+        picture = picture.convert("RGBA")
+        white = Image.new("RGBA", picture.size, "white")
+        picture = Image.alpha_composite(white, picture)
+    return picture.convert(mode)
+
+
 def _brought_to(picture: Any, size: tuple[int, int]) -> Any:
     """The middle of a picture, in the shape that is wanted, and then resized."""
     from PIL import Image
@@ -179,10 +199,19 @@ def _names(root: Path) -> tuple[str, ...]:
     if not root.is_dir():
         raise DataError(f"{root} is no folder")
     found = (file for file in root.rglob("*") if file.suffix.lower() in SUFFIXES and file.is_file())
-    names = tuple(sorted(file.relative_to(root).as_posix() for file in found))
+    below = (file.relative_to(root) for file in found)
+    # Such as ._boat.png, which macOS writes beside boat.png and which is no image.
+    names = tuple(sorted(file.as_posix() for file in below if not _is_hidden(file)))
     if not names:
-        raise DataError(f"{root} has no images: files of the types {', '.join(SUFFIXES)} are read")
+        raise DataError(
+            f"{root} has no images: files of the types {', '.join(SUFFIXES)} are read, unless "
+            "their name or folder begins with a dot"
+        )
     return names
+
+
+def _is_hidden(file: Path) -> bool:
+    return any(part.startswith(".") for part in file.parts)
 
 
 def _conditions(condition: Any, names: tuple[str, ...]) -> Conditions:
@@ -213,13 +242,14 @@ def _embedded(texts: dict[str, str], names: tuple[str, ...], embed: Embed) -> Co
 
 def _from_table(table: Path) -> dict[str, str]:
     found: dict[str, str] = {}
-    for number, line in enumerate(table.read_text(encoding="utf-8").splitlines(), start=1):
+    for number, line in enumerate(_text_of(table).splitlines(), start=1):
         if not line.strip():
             continue
         try:
             row = json.loads(line)
             column = next(name for name in CAPTION_COLUMNS if name in row)
-            found[str(row["file_name"])] = str(row[column])
+            if row[column] is not None:
+                found[str(row["file_name"])] = str(row[column])
         except (json.JSONDecodeError, StopIteration, KeyError, TypeError) as error:
             raise DataError(
                 f"line {number} of {table} has no file_name with a text: {line[:60]!r}"
@@ -229,8 +259,15 @@ def _from_table(table: Path) -> dict[str, str]:
 
 def _beside(root: Path, names: Sequence[str]) -> dict[str, str]:
     files = {name: (root / name).with_suffix(".txt") for name in names}
-    return {
-        name: file.read_text(encoding="utf-8").strip()
-        for name, file in files.items()
-        if file.is_file()
-    }
+    return {name: _text_of(file).strip() for name, file in files.items() if file.is_file()}
+
+
+def _text_of(file: Path) -> str:
+    """The content of a text file, without the mark that some editors put in front."""
+    try:
+        return file.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"{file} is not UTF-8 (byte {error.start} is {error.object[error.start]:#04x}): save "
+            f"it as UTF-8, such as with 'iconv -f latin1 -t utf-8 {file.name}'"
+        ) from error

@@ -13,6 +13,7 @@ from forebear.adapters.diffusers.schedulers import sampler_of
 from forebear.data import Data
 from forebear.errors import DataError
 from forebear.progress import track
+from forebear.tasks.images import keys_of
 from forebear.tasks.sampling import Guided, Sampler
 
 
@@ -51,11 +52,12 @@ def generated(
         batch_size: images at a time.
 
     Raises:
-        DataError: conditions are missing, or are not as many as keys.
+        DataError: conditions are missing, or are not as many as keys, which are no integers, or
+            repeat without `ids`.
         TaskError: the pipeline is not supported.
         NonFiniteError: a network of reduced precision overflows.
     """
-    model, own = network_of(pipeline), torch.as_tensor(list(keys)).long()
+    model, own = network_of(pipeline), keys_of(keys, repeated=True)
     if not len(own):
         raise DataError("keys is empty: name at least one integer")
     loss = loss_of(pipeline, scheduler)

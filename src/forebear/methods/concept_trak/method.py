@@ -21,6 +21,7 @@ from forebear.projections import SJLT, ProjectedStream
 from forebear.stream import Stream
 from forebear.task import Task
 from forebear.tasks.diffusion import Denoising
+from forebear.tasks.images import keys_of
 from forebear.tasks.sampling import Sampler
 from forebear.tasks.schedules import Discrete, Level
 
@@ -65,12 +66,10 @@ def concepts(
             f"query {int(same.nonzero()[0])} has the same condition with the concept and without: "
             "leave something out"
         )
-    own = torch.arange(len(condition)) if keys is None else torch.as_tensor(keys).long()
-    if len(own) != len(condition) or (image is not None and len(image) != len(condition)):
-        raise DataError(
-            f"{len(condition)} conditions, {len(own)} keys and "
-            f"{'no' if image is None else len(image)} images: give one each"
-        )
+    # Several concepts of one image are asked for with one key.
+    own = keys_of(keys, len(condition), repeated=True)
+    if image is not None and len(image) != len(condition):
+        raise DataError(f"{len(condition)} conditions and {len(image)} images: give one each")
     batch = {"condition": condition, "without": without, "key": own}
     return batch if image is None else {**batch, "image": image}
 

@@ -22,6 +22,7 @@ from forebear.progress import track
 from forebear.sharding import require_whole
 from forebear.stream import Stream
 from forebear.tasks.diffusion import Denoising
+from forebear.tasks.images import require_batch
 from forebear.tasks.noise import moments
 from forebear.tasks.sampling import Guided, Sampler
 from forebear.tasks.schedules import Level
@@ -73,6 +74,7 @@ class Posterior:
 
     def states(self, model: nn.Module, batch: Any) -> Iterator[tuple[Level, Tensor]]:
         """Levels and noisy images `[b, ...]` of every point."""
+        require_batch(batch)
         if self.inversion is None:
             for point in self.objective.points:
                 yield point.level, self.objective.noisy(batch, point)
@@ -216,7 +218,7 @@ class SteeredStream(Stream):
     def batches(self, description: str) -> Iterator[tuple[slice, Batch]]:
         """Positions and batches, so small that all points of a batch fit."""
         assert self.reward is not None
-        size = max(1, self.batch_size // self.reward.points)
+        size = max(1, self.step // self.reward.points)
         return track(self.data.batches(size), description, total=-(-len(self.data) // size))
 
     def _averaged(self, capture: Capture, batch: Batch) -> tuple[Tensor, Gradients]:
@@ -226,7 +228,7 @@ class SteeredStream(Stream):
         rows = self.reward.rows(self.task.model, batch)
         size, points = rows["level"].shape
         require_finite(rows["shift"].flatten(1), "shift of a reward")
-        step = max(1, self.batch_size // size)  # one example may have more points than fit
+        step = max(1, self.step // size)  # one example may have more points than fit
         values, found = [], []
         for first in range(0, points, step):
             some = {name: x[:, first : first + step] for name, x in rows.items()}

@@ -1,7 +1,7 @@
 """What answers queries: losses of the training images before, and copies that forgot a query."""
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any, Literal, Self
@@ -19,6 +19,7 @@ from forebear.methods.mucs.scales import Scales, seen
 from forebear.stream import Result, stretches
 from forebear.task import Task
 from forebear.tasks.diffusion import Denoising
+from forebear.tasks.images import require_batch
 from forebear.tasks.noise import gaussian
 from forebear.training.recipe import Recipe, seeded
 from forebear.training.stacked import Call, State
@@ -43,7 +44,7 @@ TOGETHER = 16
 
 Wanted = Literal["scores", "own", "nothing"]
 
-OUTCOME = ("steps", "converged", "forgotten", "retained")
+OUTCOME = ("steps", "known", "converged", "forgotten", "retained")
 """What is told of a query."""
 
 
@@ -54,13 +55,17 @@ class Unlearned:
     Attributes:
         query_ids: `[q]`.
         steps: `[q]` until the query was forgotten.
-        converged: `[q]`, whether its loss reached the bound.
+        known: `[q]`, whether its loss began below the bound. Where it did not, the model does no
+            better on the query than one that knows nothing: there is nothing to forget, no step
+            is taken, and all scores are zero.
+        converged: `[q]`, whether its loss reached the bound by steps.
         forgotten: `[q]` its loss in the end, mean over the last batches.
         retained: `[q]` loss of training examples in the end, likewise.
     """
 
     query_ids: np.ndarray
     steps: Tensor
+    known: Tensor
     converged: Tensor
     forgotten: Tensor
     retained: Tensor
@@ -249,15 +254,29 @@ class FittedMUCS(Fitted):
         """Queries unlearned together."""
         mirrored = Mirrored(self.method.unlearning, self.scales, self.task.model, self.null)
         start = weights_of(self.task.model, self.names)
-        batch = map_tensors(lambda t: t.to(self.task.device), seen(queries.batch(rows)))
+        asked = queries.batch(rows)
         with self.task.evaluation(), naming(queries, rows):
+            require_batch(asked)
+            batch = map_tensors(lambda t: t.to(self.task.device), seen(asked))
             return forget(mirrored, self._visits(), start, batch, null=self.null)
 
     def _warn(self, found: Result, ids: np.ndarray) -> None:
-        method, converged = self.method, found["converged"]
-        if not converged.all():
+        method, converged, known = self.method, found["converged"], found["known"]
+        if not known.all():
+            least = found["forgotten"][~known].min().item()
             warnings.warn(
-                f"queries {_shown(ids, ~converged)} were not forgotten in {method.max_steps} "
+                f"the model does no better on queries {_shown(ids, ~known)} than one that knows "
+                f"nothing: their loss is {least:.3g} or more before the first step, and "
+                f"unlearning ends at {method.stop * self.null:.3g}. There is nothing to forget, "
+                "and all their scores are zero, which ranks nothing: look whether images and "
+                "conditions are as in training and prediction= is the network's, or give null=",
+                NumericalWarning,
+                stacklevel=4,
+            )
+        unfinished = known & ~converged
+        if unfinished.any():
+            warnings.warn(
+                f"queries {_shown(ids, unfinished)} were not forgotten in {method.max_steps} "
                 f"steps: their loss is below {method.stop:g} of that of a network that knows "
                 "nothing; raise learning_rate or max_steps",
                 NumericalWarning,
@@ -295,13 +314,18 @@ class Groups:
         run = self.fitted.forgotten(self.queries, rows)
         found = {name: getattr(run, name) for name in OUTCOME}
         if self.wanted == "scores":
-            found["scores"] = torch.stack([self.fitted.skew(state) for state in _each(run)])
+            found["scores"] = torch.stack([*self._scores(run, [self.fitted] * len(run.steps))])
         elif self.wanted == "own":
-            places = zip(range(rows.start, rows.stop), _each(run), strict=True)
-            found["scores"] = torch.cat(
-                [self.fitted.restricted(torch.tensor([i])).skew(state) for i, state in places]
-            )
+            places = range(rows.start, rows.stop)
+            faced = [self.fitted.restricted(torch.tensor([i])) for i in places]
+            found["scores"] = torch.cat([*self._scores(run, faced)])
         return found
+
+    def _scores(self, run: Forgotten, faced: Sequence[FittedMUCS]) -> Iterator[Tensor]:
+        """Of each query for the images that it faces, `[n]`."""
+        for fitted, state, known in zip(faced, _each(run), run.known.tolist(), strict=True):
+            # Zero where nothing was unlearned; fresh noise would make numbers that look like more.
+            yield fitted.skew(state) if known else fitted.before.new_zeros(len(fitted.before))
 
 
 @dataclass(frozen=True)

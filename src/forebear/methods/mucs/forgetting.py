@@ -178,13 +178,16 @@ class Forgotten:
     Attributes:
         state: changed weights by name, `[m, *shape]`.
         steps: `[m]` until each stopped.
-        converged: `[m]`, whether its loss reached the bound.
+        known: `[m]`, whether the query's loss began below the bound, so that there was something
+            to forget.
+        converged: `[m]`, whether its loss reached the bound by steps.
         forgotten: `[m]` loss of the query in the end, mean over the last batches.
         retained: `[m]` loss of training examples, likewise.
     """
 
     state: State
     steps: Tensor
+    known: Tensor
     converged: Tensor
     forgotten: Tensor
     retained: Tensor
@@ -212,6 +215,7 @@ def forget(
     final = repeated(start, count)
     steps = torch.zeros(count, dtype=torch.long)
     found = torch.zeros(count, 2, dtype=torch.float64)  # retained, forgotten
+    known = torch.ones(count, dtype=torch.bool)
     active, recent = torch.arange(count), []
     for step in range(settings.max_steps + 1):
         gradients, *losses = mirrored(copies.parameters, visits.at(step), queries)
@@ -219,6 +223,8 @@ def forget(
         means = torch.stack(recent).mean(0)  # [active, 2]
         _require_finite(means, active)
         done = means[:, 1] >= settings.stop * null
+        if step == 0:
+            known = ~done
         if step == settings.max_steps:
             done[:] = True
         found[active], steps[active] = means, step
@@ -232,7 +238,8 @@ def forget(
             copies.keep(rest)
             active, recent = active[rest], [losses[rest] for losses in recent]
             queries = map_tensors(lambda t, rest=rest: t[rest], queries)
-    return Forgotten(final, steps, found[:, 1] >= settings.stop * null, found[:, 1], found[:, 0])
+    reached = found[:, 1] >= settings.stop * null
+    return Forgotten(final, steps, known, reached & known, found[:, 1], found[:, 0])
 
 
 def _require_finite(losses: Tensor, active: Tensor) -> None:

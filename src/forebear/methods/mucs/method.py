@@ -1,12 +1,13 @@
 """MUCS: a diffusion model unlearns a query, and what that costs an image is its score."""
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from forebear.data import Data, naming, require_finite
+from forebear.data import Data, naming
 from forebear.errors import DataError, TaskError
 from forebear.executors import Executor
 from forebear.methods.mucs.fitted import FittedMUCS
@@ -15,6 +16,7 @@ from forebear.sharding import require_whole
 from forebear.stream import BATCH
 from forebear.task import Task
 from forebear.tasks.diffusion import Denoising
+from forebear.tasks.images import require_batch
 from forebear.tasks.schedules import Continuous
 from forebear.training.recipe import Recipe
 
@@ -40,7 +42,7 @@ class MUCS:
         weight_decay: of AdamW.
         batch_size: training examples, and draws of noise for the query, in a step.
         forget: weight of the query's loss against that of the training examples.
-        stop: share of the bound at which unlearning ends.
+        stop: share of the bound at which unlearning ends; below 1 where the loss is bounded.
         window: batches that the query's loss is averaged over for that.
         max_steps: a run that has not stopped by then is reported and kept.
         layers: modules whose weight matrices change; the task's when None. Biases never do. All
@@ -82,18 +84,27 @@ class MUCS:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("levels", "batch_size", "window"):
-            if getattr(self, name) < 1:
-                raise TaskError(f"{name} is {getattr(self, name)}: it must be at least 1")
-        if self.max_steps < 0:
-            raise TaskError(f"max_steps is {self.max_steps}: it must be at least 0")
+        for name, least in (("levels", 1), ("batch_size", 1), ("window", 1), ("max_steps", 0)):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < least:
+                raise TaskError(f"{name} is {value}: it must be a whole number from {least}")
         if not 0 < self.keep <= 1:
             raise TaskError(f"keep is {self.keep}: it is a share, above 0 and up to 1")
         for name in ("learning_rate", "forget", "stop"):
-            if not getattr(self, name) > 0:
-                raise TaskError(f"{name} is {getattr(self, name)}: it must be above 0")
-        if self.deviation is not None and not self.deviation > 0:
-            raise TaskError(f"deviation is {self.deviation}: it must be above 0")
+            if not 0 < getattr(self, name) < math.inf:
+                raise TaskError(f"{name} is {getattr(self, name)}: it must be above 0 and finite")
+        for name in ("weight_decay", "spread"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise TaskError(f"{name} is {getattr(self, name)}: it must be 0 or more and finite")
+        if not math.isfinite(self.location):
+            raise TaskError(f"location is {self.location}: it must be finite")
+        if self.clamp and self.stop >= 1:
+            raise TaskError(
+                f"stop is {self.stop}: the query's loss is cut off at the bound and its mean stays "
+                "below, so unlearning would never end; choose a share below 1, or clamp=False"
+            )
+        if self.deviation is not None and not 0 < self.deviation < math.inf:
+            raise TaskError(f"deviation is {self.deviation}: it must be above 0 and finite")
 
     @property
     def unlearning(self) -> Unlearning:
@@ -194,14 +205,9 @@ def _moments(data: Data, batch_size: int) -> tuple[Tensor, Tensor]:
     """Mean and mean square of the pixels `[2]`, and keys `[n]`."""
     sums, count, keys = torch.zeros(2, dtype=torch.float64), 0, []
     for rows, batch in data.batches(batch_size):
-        if not hasattr(batch, "keys") or not {"image", "key"} <= set(batch):
-            raise DataError(
-                "a batch of a diffusion task is a dict with 'image' and 'key': make the dataset "
-                "with forebear.tasks.diffusion.images(pixels, condition)"
-            )
-        image = batch["image"]
         with naming(data, rows):
-            require_finite(image, "image")
+            require_batch(batch)
+        image = batch["image"]
         sums += torch.stack([image.double().sum(), image.double().square().sum()]).cpu()
         count += image.numel()
         keys.append(batch["key"].cpu())

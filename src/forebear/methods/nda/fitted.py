@@ -108,13 +108,7 @@ class FittedNDA(Fitted):
         Raises:
             TaskError: scores mix two scales, whose positions are not the same.
         """
-        data, numbers, found, entropy = self._placed(queries, top, ids)
-        return Maps(
-            query_ids=data.ids,
-            ids=self.train.ids[numbers.numpy()],
-            values=torch.stack([query.here for query in found]).cpu(),
-            entropy=entropy.cpu(),
-        )
+        return self.maps_and_sources(queries, top, ids=ids)[0]
 
     def sources(self, queries: Any, top: int = 10, *, ids: Any = None) -> Sources:
         """Where in its `top` training images each query finds what it needs.
@@ -124,12 +118,25 @@ class FittedNDA(Fitted):
         Raises:
             TaskError: scores mix two scales, whose positions are not the same.
         """
-        data, numbers, found, _ = self._placed(queries, top, ids)
-        return Sources(
-            query_ids=data.ids,
-            ids=self.train.ids[numbers.numpy()],
-            values=torch.stack([query.there for query in found]).cpu(),
-            best=torch.stack([query.best for query in found]).cpu(),
+        return self.maps_and_sources(queries, top, ids=ids)[1]
+
+    def maps_and_sources(
+        self, queries: Any, top: int = 10, *, ids: Any = None
+    ) -> tuple[Maps, Sources]:
+        """What `maps` and `sources` say of the same queries, for the price of one of them.
+
+        Raises:
+            TaskError: scores mix two scales, whose positions are not the same.
+        """
+        data, numbers, found, entropy = self._placed(queries, top, ids)
+        about = {"query_ids": data.ids, "ids": self.train.ids[numbers.numpy()]}
+        here, there, best = (
+            torch.stack(each).cpu()
+            for each in zip(*((one.here, one.there, one.best) for one in found), strict=True)
+        )
+        return (
+            Maps(**about, values=here, entropy=entropy.cpu()),
+            Sources(**about, values=there, best=best),
         )
 
     def _placed(

@@ -6,9 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from forebear.data import Data, naming, require_finite
+from forebear.data import Data, naming
 from forebear.errors import DataError
-from forebear.tasks.diffusion import RANGE
+from forebear.tasks.images import require_scaled
 
 Shape = tuple[int, int, int]
 """Channels, height and width."""
@@ -68,18 +68,8 @@ def checked(data: Data, shape: Shape | None, batch_size: int) -> Iterator[Tensor
     for start in range(0, len(data), batch_size):
         rows = slice(start, min(start + batch_size, len(data)))
         images, _ = images_of(data, rows, shape)
-        if not images.is_floating_point():
-            raise DataError(
-                f"images are of type {str(images.dtype).removeprefix('torch.')}: scale them as in "
-                "training, for example pixels / 127.5 - 1"
-            )
         with naming(data, rows):
-            require_finite(images, "image")
-        if images.abs().max() > RANGE:
-            raise DataError(
-                f"images reach {images.abs().max().item():.4g}: scale them as in training, mostly "
-                "from -1 to 1"
-            )
+            require_scaled(images)
         first = first or tuple(images.shape[1:])
         if tuple(images.shape[1:]) != first:
             raise DataError(

@@ -60,6 +60,9 @@ class NDA:
 
     def __post_init__(self) -> None:
         require_choices(self)
+        for name in ("patch", "ratio"):
+            if not isinstance(getattr(self, name), int):
+                raise TaskError(f"{name} is {getattr(self, name)!r}: it must be a whole number")
         if self.patch < 1 or (self.patch % 2 == 0 and self.scale != "downscaled"):
             raise TaskError(
                 f"patch is {self.patch}: a patch has a middle pixel, so its side must be odd; even "
@@ -71,6 +74,8 @@ class NDA:
             raise TaskError(f"alpha is {self.alpha}: it is a share, from 0 to 1")
         if isinstance(self.keep, str) and self.keep != "published":
             raise unknown_name("keep of NDA", self.keep, ("published",))
+        if not isinstance(self.keep, int | str | None):
+            raise TaskError(f"keep is {self.keep!r}: it is a whole number, 'published' or None")
         if isinstance(self.keep, int) and self.keep < 1:
             raise TaskError(f"keep is {self.keep}: keep at least 1 weight, or all with None")
         if self.dtype is not None and self.dtype not in FLOATS:

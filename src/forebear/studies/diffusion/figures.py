@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 SHOWN = ("das", "mucs", "abu", "trak", "nda", "pixels", "dtrak", "embedding")
 """Entrants whose strongest images are shown, the first of them that are there."""
 
-METHODS, QUERIES, TOP = 4, 6, 5
+METHODS, QUERIES, TOP = 4, 6, 4
 
 AGAIN = {"targets": 10, "controls": 6}
 """Images that are shown made again, of either kind."""
@@ -25,6 +25,9 @@ AGAIN = {"targets": 10, "controls": 6}
 CELL, GAP, MARGIN, SIDE = 0.42, 1.1, 0.05, 4.6
 """Inches of an image in a figure; in units of that: between blocks, around images, and for words
 beside them."""
+
+LARGE, NEAR, CLASS = 0.66, 0.5, 1.9
+"""The same, where images are to be recognised: inches, between blocks, and for a class."""
 
 NAMES = {"validation": "held-out images", "generated": "generated images"}
 
@@ -103,7 +106,9 @@ def _strongest(measured: "Measured", out: Path) -> str:
         fixed = values[FIXED] if len(values) > 1 else values[0]
         places = ((rows >= group.start) & (rows < group.stop)).nonzero()[:count, 0]
         blocks.append((label(key), image[strongest(fixed[places], TOP)]))
-    _mosaic(out, "strongest", blocks)
+    told = subject.condition()
+    sides = () if told is None else tuple(subject.pictures.classes[int(i)] for i in told[:count])
+    _mosaic(out, "strongest", blocks, sides=sides, size=(LARGE, NEAR, CLASS), smooth=True)
     return "Generated images, and the training images that count most for each by each method."
 
 
@@ -127,7 +132,13 @@ def _removed(measured: "Measured", out: Path) -> str:
 
 
 def _mosaic(
-    out: Path, name: str, blocks: list[tuple[str, Tensor]], *, sides: tuple[str, ...] = ()
+    out: Path,
+    name: str,
+    blocks: list[tuple[str, Tensor]],
+    *,
+    sides: tuple[str, ...] = (),
+    size: tuple[float, float, float] = (CELL, GAP, SIDE),
+    smooth: bool = False,
 ) -> None:
     """Blocks of images `[rows, columns, 1, h, w]` side by side, all images of one size.
 
@@ -136,17 +147,20 @@ def _mosaic(
         name: of the figure.
         blocks: a title and images each, with as many rows each.
         sides: words beside the rows.
+        size: inches of an image; gaps and words beside, in units of that.
+        smooth: images without visible pixels.
     """
+    cell, gap, side = size
     rows = blocks[0][1].shape[0]
     widths = [images.shape[1] for _, images in blocks]
-    starts = np.cumsum([0, *(width + GAP for width in widths[:-1])])
+    starts = np.cumsum([0, *(width + gap for width in widths[:-1])])
     # Everything is inside the axes, in units of an image, so that nothing is cut off.
-    left, right, top = -SIDE if sides else -0.1, starts[-1] + widths[-1] + 0.1, -0.85
-    with figure(out, name, (CELL * (right - left), CELL * (rows + 0.1 - top))) as axes:
+    left, right, top = -side if sides else -0.1, starts[-1] + widths[-1] + 0.1, -0.85
+    with figure(out, name, (cell * (right - left), cell * (rows + 0.1 - top))) as axes:
         for start, (title, images) in zip(starts, blocks, strict=True):
             axes.text(start + MARGIN, -0.1, title, fontsize=9, fontweight="bold", va="bottom")
             for row, column in np.ndindex(*images.shape[:2]):
-                _image(axes, images[row, column, 0], start + column, row)
+                _image(axes, images[row, column, 0], start + column, row, smooth)
         for row, text in enumerate(sides):
             axes.text(-0.3, row + 0.5, text, ha="right", va="center", fontsize=9.5, color=SOFT)
         axes.set_xlim(left, right)
@@ -155,7 +169,7 @@ def _mosaic(
         axes.axis("off")
 
 
-def _image(axes: Any, image: Tensor, x: float, y: float) -> None:
+def _image(axes: Any, image: Tensor, x: float, y: float, smooth: bool) -> None:
     """Draw `[h, w]` in the unit square at x and y."""
     place = (x + MARGIN, x + 1 - MARGIN, y + 1 - MARGIN, y + MARGIN)
     axes.imshow(
@@ -164,7 +178,7 @@ def _image(axes: Any, image: Tensor, x: float, y: float) -> None:
         cmap="gray_r",
         vmin=-1,
         vmax=1,
-        interpolation="nearest",
+        interpolation="bicubic" if smooth else "nearest",
     )
     # Light images need an edge to be seen as images.
     axes.plot(
