@@ -13,6 +13,10 @@ NOISE = 0.015
 """Growth of memory below this share of it is taken for chance, unless it is known to be there."""
 
 
+PAIRS_COUNT = 8
+"""With so many times more parameters than examples, a matrix of examples takes next to nothing."""
+
+
 @dataclass(frozen=True)
 class Prediction:
     """What the whole will take.
@@ -78,7 +82,7 @@ def predicted(sample: Sample, request: Request, examples: int, queries: int) -> 
     memory_cost, memory = extrapolate(
         points,
         [p.memory for p in points],
-        _memory_terms(points, terms, batch),
+        _memory_terms(points, terms, batch, sample.facts),
         examples,
         queries,
         batch=batch,
@@ -98,8 +102,13 @@ def predicted(sample: Sample, request: Request, examples: int, queries: int) -> 
     )
 
 
-def _memory_terms(points: Sequence[Point], terms: Sequence[str], batch: int) -> tuple[str, ...]:
+def _memory_terms(
+    points: Sequence[Point], terms: Sequence[str], batch: int, facts: Facts
+) -> tuple[str, ...]:
     """Terms of memory: a batch, and what is kept of every example if the samples show it."""
+    if "n3" in terms:  # gradients are kept, and next to them the products of all pairs are few
+        many = facts.parameters < PAIRS_COUNT * facts.examples
+        return ("1", "nq", "batch", "n", "n2") if many else ("1", "nq", "batch", "n")
     beyond = [p for p in points if p.examples >= batch]
     if len({p.examples for p in beyond}) < 2:
         # What a batch takes cannot be told from what is kept of every example: that it is a batch

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
+from forebear.methods.pixels import cosines, distances
 from forebear.tasks import losses
 from forebear.tasks.noise import gaussian
 from forebear.tasks.schedules import Schedule
@@ -21,12 +21,12 @@ from forebear.zoo.pictures import Pictures
 
 def pixel_closeness(queries: Tensor, train: Tensor) -> Tensor:
     """Minus the Euclidean distance of the pixels."""
-    return -torch.cdist(queries.flatten(1).double(), train.flatten(1).double())
+    return distances(queries.flatten(1), train.flatten(1))
 
 
 def cosine(queries: Tensor, train: Tensor) -> Tensor:
     """Cosine of rows, `[..., d]` flattened."""
-    return F.normalize(queries.flatten(1).double()) @ F.normalize(train.flatten(1).double()).T
+    return cosines(queries.flatten(1), train.flatten(1))
 
 
 def whole_image_softmax(
