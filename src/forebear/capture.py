@@ -7,25 +7,27 @@ graph starts at the first captured layer instead.
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from forebear.blocks import Block, Plan, Use
 from forebear.data import batch_length, map_tensors, require_finite
+from forebear.differentiation import (
+    HALF,
+    Function,
+    at_least_float32,
+    layer_by_layer_attention,
+    only_these_need_gradients,
+    per_example_gradients,
+)
 from forebear.errors import TaskError
 from forebear.layers import Factors, is_written, vector, written_out
-from forebear.sharding import agreement, require_whole, to_shards
+from forebear.sharding import agreement
 from forebear.task import Task, per_example
-
-Function = Callable[[nn.Module, Any], Tensor]
-"""`(model, batch) -> [b]`: what is differentiated."""
-
-HALF = (torch.float16, torch.bfloat16)
 
 Gradients = dict[str, list[Factors]]
 """Per-example gradients of a batch: for each block, terms whose sum is its gradient."""
@@ -99,7 +101,7 @@ class Capture:
     def __enter__(self) -> "Capture":
         with ExitStack() as stack:
             stack.enter_context(self.task.evaluation())
-            stack.enter_context(_layer_by_layer_attention())
+            stack.enter_context(layer_by_layer_attention())
             for name in self._uses:
                 module = self.task.model.get_submodule(name)
                 before = module.register_forward_pre_hook(self._expand, with_kwargs=True)
@@ -275,7 +277,7 @@ class Capture:
     def _parts(self, call: _Call) -> list[tuple[Use, Factors]]:
         layer: Any = self.task.model.get_submodule(call.module)
         assert call.g is not None
-        a, g = _at_least_float32(call.a), _at_least_float32(call.g)
+        a, g = at_least_float32(call.a), at_least_float32(call.g)
         factors: Factors | None = None
         named: dict[str, Tensor] = {}
         parts: list[tuple[Use, Factors]] = []
@@ -300,124 +302,9 @@ class Capture:
     def _zero(self, block: Block) -> Factors:
         parameter = self.task.model.get_parameter(block.parameters[0])
         # Not from the parameter itself, which may be spread over processes.
-        like = _at_least_float32(torch.empty(0, dtype=parameter.dtype, device=parameter.device))
+        like = at_least_float32(torch.empty(0, dtype=parameter.dtype, device=parameter.device))
         rows = like.new_empty(self._size, 0, block.rows)
         return Factors(rows, like.new_empty(self._size, 0, block.cols))
-
-
-def per_example_gradients(
-    model: nn.Module, names: tuple[str, ...], function: Function, batch: Any
-) -> dict[str, Tensor]:
-    """Gradients `[b, *shape]` of `function` for parameters that no rule knows.
-
-    Uses `vmap`, and one example at a time where the model does something `vmap` cannot.
-    """
-    with _layer_by_layer_attention():
-        try:
-            grads = _vectorised(model, names, function, batch)
-        except Exception:
-            # vmap refuses in many ways (recurrent layers, branches on values, random numbers). A
-            # true fault of the function shows again below, without functorch's frames around it.
-            grads = _one_by_one(model, names, function, batch)
-    # Other parameters may need gradients, and a graph over them would outlive the batch.
-    return {name: _at_least_float32(g.detach()) for name, g in grads.items()}
-
-
-def _vectorised(
-    model: nn.Module, names: tuple[str, ...], function: Function, batch: Any
-) -> dict[str, Tensor]:
-    wrapped = Wrapped(model, function)
-    parameters = dict(model.named_parameters())
-    chosen = {f"model.{name}": parameters[name].detach() for name in names}
-    columns: list[Tensor] = []
-    map_tensors(lambda t: columns.append(t) if t.ndim else None, batch)
-
-    def value(chosen: dict[str, Tensor], *example: Tensor) -> Tensor:
-        leaves = iter(example)
-        one = map_tensors(lambda t: next(leaves)[None] if t.ndim else t, batch)
-        return torch.func.functional_call(wrapped, chosen, (one,))[0]
-
-    axes = (None, *(0 for _ in columns))
-    # The fused attention kernels have no batching rule and would run one example at a time.
-    with sdpa_kernel(SDPBackend.MATH):
-        grads = torch.func.vmap(torch.func.grad(value), axes)(chosen, *columns)
-    return {name.removeprefix("model."): g for name, g in grads.items()}
-
-
-def _one_by_one(
-    model: nn.Module, names: tuple[str, ...], function: Function, batch: Any
-) -> dict[str, Tensor]:
-    rows: list[tuple[Tensor, ...]] = []
-    with torch.enable_grad(), only_these_need_gradients(model, names) as parameters:
-        for i in range(batch_length(batch)):
-            one = map_tensors(lambda t, i=i: t[i : i + 1] if t.ndim else t, batch)
-            rows.append(dense_gradients(function(model, one)[0], parameters))
-    return {name: torch.stack(g) for name, g in zip(names, zip(*rows, strict=True), strict=True)}
-
-
-def dense_gradients(value: Tensor, parameters: list[Tensor]) -> tuple[Tensor, ...]:
-    """Autograd's gradient of a scalar; zeros for parameters that it does not depend on."""
-    if not value.requires_grad:
-        return tuple(torch.zeros_like(p) for p in parameters)
-    grads = torch.autograd.grad(value, parameters, allow_unused=True)
-    return tuple(
-        torch.zeros_like(p) if g is None else g.to_dense() if g.is_sparse else g
-        for p, g in zip(parameters, grads, strict=True)
-    )
-
-
-class Wrapped(nn.Module):
-    """Makes `function(model, batch)` a module call, so that its parameters can be swapped."""
-
-    def __init__(self, model: nn.Module, function: Function) -> None:
-        super().__init__()
-        require_whole(model)
-        self.model = model
-        self.function = function
-
-    def forward(self, batch: Any) -> Tensor:
-        """The function's value."""
-        return self.function(self.model, batch)
-
-
-@contextmanager
-def only_these_need_gradients(
-    model: nn.Module, names: tuple[str, ...], *, shards: bool = False
-) -> Iterator[list[Tensor]]:
-    """Only the parameters called `names` require gradients inside the block.
-
-    Args:
-        model: whose parameters they are.
-        names: may be none.
-        shards: the caller knows what to do with parameters that are sharded over processes.
-
-    Raises:
-        TaskError: they are, and the caller does not.
-    """
-    if names and not shards:
-        require_whole(model)
-    to_shards(model)  # whole ones would be other parameters than those that follow
-    before = {p: p.requires_grad for p in model.parameters()}
-    named = dict(model.named_parameters()) if names else {}
-    try:
-        for parameter in before:
-            parameter.requires_grad_(False)
-        yield [named[name].requires_grad_(True) for name in names]
-    finally:
-        for parameter, needs in before.items():
-            parameter.requires_grad_(needs)
-
-
-@contextmanager
-def _layer_by_layer_attention() -> Iterator[None]:
-    # torch runs a whole encoder layer as one fused call when nothing in it needs a gradient, and
-    # then no hook inside is called.
-    before = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(before)
 
 
 def _used_up(calls: list[_Call]) -> Iterator[_Call]:
@@ -440,7 +327,3 @@ def _merge(terms: list[Factors], block: Block) -> list[Factors]:
             left = torch.cat([term.left for term in same], 1)
             merged.append(Factors(left, torch.cat([term.right for term in same], 1)))
     return merged
-
-
-def _at_least_float32(x: Tensor) -> Tensor:
-    return x.float() if x.dtype in HALF else x

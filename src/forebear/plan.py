@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from forebear.blocks import Block, Held, Plan, Use, candidate_blocks
-from forebear.capture import Capture, dense_gradients, only_these_need_gradients
+from forebear.capture import Capture
 from forebear.data import Data, map_tensors, naming
+from forebear.differentiation import dense_gradients, only_these_need_gradients
 from forebear.errors import CoverageWarning, TaskError
 from forebear.gradients import materialise
 from forebear.layers import Factors

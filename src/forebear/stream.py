@@ -7,8 +7,9 @@ from typing import Any
 from torch import Tensor
 
 from forebear.blocks import Plan
-from forebear.capture import Capture, Function, Gradients
+from forebear.capture import Capture, Gradients
 from forebear.data import Batch, Data, naming
+from forebear.differentiation import Function
 from forebear.executors import Executor, InProcess, results
 from forebear.progress import track
 from forebear.task import Task

@@ -9,12 +9,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from forebear.capture import Function, Gradients
+from forebear.capture import Gradients
 from forebear.curvature.base import GradientStream
 from forebear.curvature.basis import Basis
 from forebear.curvature.moments import FactorMoments, add_gram
 from forebear.curvature.outputs import AllTargets, DrawnTargets, gradients_of_each
 from forebear.curvature.sampled import Sampled
+from forebear.differentiation import Function
 from forebear.gradients import Precision, cast, positions_of
 from forebear.layers import Factors
 

@@ -6,9 +6,10 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from forebear.blocks import Plan
-from forebear.capture import Function, Gradients
+from forebear.capture import Gradients
 from forebear.curvature.damping import Damping
 from forebear.data import Data
+from forebear.differentiation import Function
 from forebear.task import Task
 
 QUERY_BYTES = 2**27

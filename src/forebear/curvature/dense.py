@@ -10,7 +10,6 @@ from scipy.linalg import cho_solve, get_lapack_funcs
 from torch import Tensor
 
 from forebear.blocks import Block, Plan
-from forebear.capture import Function, Wrapped
 from forebear.curvature.base import GradientStream
 from forebear.curvature.damping import (
     Damping,
@@ -23,6 +22,7 @@ from forebear.curvature.moments import add_gram, symmetric
 from forebear.curvature.outputs import AllTargets, gradients_of_each
 from forebear.curvature.solved import Solved, flat
 from forebear.data import map_tensors, naming, require_finite
+from forebear.differentiation import Function, Wrapped
 from forebear.errors import NumericalWarning, TaskError
 from forebear.gradients import Precision
 from forebear.stream import summed

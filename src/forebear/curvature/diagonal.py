@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 
 from forebear.blocks import Block, Plan
-from forebear.capture import Function
 from forebear.curvature.accumulate import Targets
 from forebear.curvature.base import GradientStream
 from forebear.curvature.basis import Basis
 from forebear.curvature.damping import Damping
 from forebear.curvature.kronecker import EigenBlocks, FittedKronecker
+from forebear.differentiation import Function
 from forebear.errors import TaskError
 from forebear.gradients import Precision
 from forebear.stream import Stream, summed

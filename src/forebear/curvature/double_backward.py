@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from forebear.capture import Function, only_these_need_gradients
 from forebear.curvature.base import GradientStream
 from forebear.data import map_tensors, naming, require_finite
+from forebear.differentiation import Function, only_these_need_gradients
 from forebear.errors import TaskError
 from forebear.stream import Stream
 from forebear.task import Checkpoint

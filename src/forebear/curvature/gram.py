@@ -12,7 +12,7 @@ import torch
 from scipy.linalg import get_blas_funcs
 from torch import Tensor
 
-from forebear.capture import Function, Gradients
+from forebear.capture import Gradients
 from forebear.curvature.base import GradientStream
 from forebear.curvature.damping import Damping
 from forebear.curvature.dense import LARGEST, Dense, FittedBlocks, FittedDense
@@ -21,6 +21,7 @@ from forebear.curvature.roots import root_gradients, rows_per_example
 from forebear.curvature.solved import write
 from forebear.curvature.span import FittedSpan, Span, restored_span
 from forebear.curvature.spectrum import Eigenpairs, FittedSpectrum, restored
+from forebear.differentiation import Function
 from forebear.errors import TaskError
 from forebear.gradients import Precision
 from forebear.stream import Stream

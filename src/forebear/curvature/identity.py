@@ -7,9 +7,10 @@ import torch
 from torch import Tensor
 
 from forebear.blocks import Plan
-from forebear.capture import Function, Gradients
+from forebear.capture import Gradients
 from forebear.curvature.base import GradientStream
 from forebear.curvature.damping import Damping
+from forebear.differentiation import Function
 from forebear.gradients import (
     Precision,
     QuerySide,

@@ -19,12 +19,13 @@ import torch
 from torch import Tensor
 
 from forebear.blocks import Plan
-from forebear.capture import Function, Gradients
+from forebear.capture import Gradients
 from forebear.curvature.accumulate import Kept, Targets, moments_of, squares_of
 from forebear.curvature.base import GradientStream
 from forebear.curvature.basis import Basis, ShortSum, is_one_hot, short_sums
 from forebear.curvature.damping import Damping, Horizon, damped_inverse, damping_for
 from forebear.curvature.moments import FactorMoments
+from forebear.differentiation import Function
 from forebear.errors import TaskError
 from forebear.gradients import (
     Precision,

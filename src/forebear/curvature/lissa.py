@@ -15,7 +15,6 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from forebear.capture import Function
 from forebear.curvature.base import GradientStream
 from forebear.curvature.damping import Damping
 from forebear.curvature.operator import Kind, largest_eigenvalue, power_iteration
@@ -27,6 +26,7 @@ from forebear.curvature.solvers import (
     fit_system,
     restore_system,
 )
+from forebear.differentiation import Function
 from forebear.errors import DataError, NumericalWarning, TaskError
 from forebear.types import require_choices
 

@@ -11,11 +11,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from forebear.capture import Function
 from forebear.curvature.base import GradientStream
 from forebear.curvature.damping import Damping
 from forebear.curvature.operator import Kind, Operator, curvature_operator, random_vectors
 from forebear.curvature.spectrum import Eigenpairs, FittedSpectrum, Rest, restored
+from forebear.differentiation import Function
 from forebear.errors import DataError, NumericalWarning
 from forebear.gradients import Precision
 from forebear.types import require_choices

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from forebear.blocks import Block, Plan
-from forebear.capture import Function, Gradients
+from forebear.capture import Gradients
 from forebear.curvature.base import GradientStream
 from forebear.curvature.double_backward import (
     GaussNewtonProducts,
@@ -30,6 +30,7 @@ from forebear.curvature.outputs import MOST_OUTPUTS
 from forebear.curvature.roots import root_gradients, rows_per_example
 from forebear.curvature.solved import flat
 from forebear.data import map_tensors
+from forebear.differentiation import Function
 from forebear.errors import TaskError
 from forebear.gradients import WORKSPACE, materialise, rows_of, squared_norms
 from forebear.layers import Factors

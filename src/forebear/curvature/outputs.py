@@ -13,16 +13,11 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from forebear.capture import (
-    Capture,
-    Gradients,
-    _merge,
-    only_these_need_gradients,
-    per_example_gradients,
-)
+from forebear.capture import Capture, Gradients, _merge
 from forebear.curvature.base import GradientStream
 from forebear.curvature.sampled import generator_of
 from forebear.data import batch_length, map_tensors, naming, require_finite
+from forebear.differentiation import only_these_need_gradients, per_example_gradients
 from forebear.errors import TaskError
 from forebear.layers import Factors, vector
 from forebear.sharding import agreement

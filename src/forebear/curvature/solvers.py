@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from forebear.blocks import Plan
-from forebear.capture import Function
 from forebear.curvature.base import GradientStream
 from forebear.curvature.damping import Absolute, Damping, Relative
 from forebear.curvature.kronecker import FittedKronecker, Kronecker
 from forebear.curvature.operator import Kind, Operator, curvature_operator
 from forebear.curvature.solved import Solved
+from forebear.differentiation import Function
 from forebear.errors import TaskError
 from forebear.stream import Stream
 from forebear.tasks.objective import Objective

@@ -7,9 +7,10 @@ import torch
 from torch import Tensor
 
 from forebear.blocks import Plan
-from forebear.capture import Function, Gradients
+from forebear.capture import Gradients
 from forebear.curvature.base import GradientStream
 from forebear.curvature.solved import flat
+from forebear.differentiation import Function
 from forebear.errors import TaskError
 from forebear.gradients import WORKSPACE, rows_of
 from forebear.layers import Factors

@@ -18,9 +18,10 @@ import torch
 from torch import Tensor
 
 from forebear.blocks import Plan
-from forebear.capture import Function, Gradients
+from forebear.capture import Gradients
 from forebear.curvature import as_damping
 from forebear.data import Data
+from forebear.differentiation import Function
 from forebear.errors import DataError, FormatError, MismatchError, TaskError
 from forebear.methods.features import manifest_of, size_of, source_of
 from forebear.methods.fitted import Fitted

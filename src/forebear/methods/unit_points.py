@@ -5,8 +5,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from forebear.capture import Capture, Function, Gradients
+from forebear.capture import Capture, Gradients
 from forebear.data import Batch
+from forebear.differentiation import Function
 from forebear.errors import TaskError
 from forebear.gradients import squared_norms
 from forebear.layers import Factors, is_written, vector, written_out

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from forebear.blocks import Plan
-from forebear.capture import Function
 from forebear.curvature.base import QUERY_BYTES
 from forebear.curvature.kronecker import FittedKronecker, PreparedBlock
 from forebear.data import Data
+from forebear.differentiation import Function
 from forebear.errors import NumericalWarning, TaskError
 from forebear.executors import Pieces
 from forebear.gradients import QuerySide, materialise

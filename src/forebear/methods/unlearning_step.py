@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from forebear.blocks import Plan
-from forebear.capture import dense_gradients, only_these_need_gradients
 from forebear.data import Data, map_tensors, naming, require_finite
+from forebear.differentiation import dense_gradients, only_these_need_gradients
 from forebear.errors import DataError, NonFiniteError
 from forebear.task import Loss, Task, per_example
 from forebear.tasks.diffusion import Denoising, DenoisingTraining

@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 from forebear.blocks import Block, Plan
-from forebear.capture import Function, Gradients
+from forebear.capture import Gradients
 from forebear.data import Data
+from forebear.differentiation import Function
 from forebear.executors import Executor
 from forebear.layers import vector
 from forebear.projections.base import PreparedProjection

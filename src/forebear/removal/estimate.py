@@ -9,10 +9,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from forebear.capture import Capture, Wrapped
+from forebear.capture import Capture
 from forebear.curvature.damping import Damping, as_damping
 from forebear.curvature.solved import flat
 from forebear.data import Data, map_tensors
+from forebear.differentiation import Wrapped
 from forebear.errors import DataError, NumericalWarning, TaskError, unknown_name
 from forebear.plan import make_plan
 from forebear.removal.bounds import Bound, distance_bound

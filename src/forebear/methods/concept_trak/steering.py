@@ -13,8 +13,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from forebear.capture import Capture, Function, Gradients, only_these_need_gradients
+from forebear.capture import Capture, Gradients
 from forebear.data import Batch, map_tensors, naming, require_finite
+from forebear.differentiation import Function, only_these_need_gradients
 from forebear.gradients import squared_norms
 from forebear.layers import Factors, is_one, vector
 from forebear.methods.unit_points import added, times

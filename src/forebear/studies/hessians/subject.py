@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
-from forebear.capture import Function
 from forebear.curvature.solved import flat
 from forebear.data import Data
+from forebear.differentiation import Function
 from forebear.plan import make_plan
 from forebear.stream import Stream
 from forebear.studies.base import Pieces
