@@ -119,14 +119,16 @@ class GramSpectrum:
         count, size = self.count(stream), _size(stream)
         if count > MOST_ROWS:
             raise TaskError(
-                f"{count} rows are too many for an exact curvature of {size} parameters: use cg, "
-                f"arnoldi or ekfac, or up to {MOST_ROWS} examples times outputs"
+                f"{count} rows are too many for an exact curvature of {size} parameters: project "
+                "gradients with dimension=2048 (das, dtrak, trak), use cg, arnoldi or ekfac, or up "
+                f"to {MOST_ROWS} examples times outputs"
             )
         entry = 8 if next(stream.task.model.parameters()).dtype == torch.float64 else 4
         if entry * count * size > KEPT_BYTES:
             raise TaskError(
                 f"{count} gradients of {size} parameters take {entry * count * size / 2**30:.1f} "
-                "GB written out: use cg, arnoldi or ekfac, or select fewer layers with layers="
+                "GB written out: project them with dimension=2048 (das, dtrak, trak), select fewer "
+                "layers with layers=, or use cg, arnoldi or ekfac"
             )
         rows: Tensor | None = None
         weights, start = [], 0
