@@ -117,7 +117,8 @@ class Finding:
     def sentence(self) -> str:
         """Claim, expectation, measurement and verdict in one line."""
         expected = f" Expected: {self.expected}." if self.expected else ""
-        return f"{self.claim}{expected} Measured: {self.measured}. This {self.verdict}."
+        verdict = self.verdict if self.holds is not None else f"is {self.verdict}"
+        return f"{self.claim}{expected} Measured: {self.measured}. This {verdict}."
 
 
 @dataclass(frozen=True, kw_only=True)
