@@ -69,7 +69,7 @@ def test_the_page_is_one_file_that_escapes_what_it_shows(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize(
-    ("holds", "verdict"), [(True, "holds"), (False, "does not hold"), (None, "not judged")]
+    ("holds", "verdict"), [(True, "holds"), (False, "does not hold"), (None, "is not judged")]
 )
 def test_a_finding_says_whether_it_holds(holds: bool | None, verdict: str) -> None:
     assert Finding("C.", "e", "m", holds).sentence().endswith(f"Measured: m. This {verdict}.")
