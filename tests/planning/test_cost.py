@@ -108,6 +108,20 @@ def test_memory_grows_up_to_the_examples_that_are_worked_on_at_a_time() -> None:
     assert found[None] == pytest.approx(1e8 + 512e6, rel=0.05)
 
 
+def test_gradients_that_are_kept_grow_with_the_examples_and_not_with_their_square() -> None:
+    """Samples of the dual form of a kernel: 1 MB an example, and memory that differs by chance."""
+    sizes = ((100, 8), (100, 8), (200, 8), (400, 2), (400, 8))
+    chance = (0.0, 0.0, 2e6, -2e6, 3e6)
+    points = [
+        Point(n, q, 0.1 * n, 1e8 + 1e6 * n + more, 0.0)
+        for (n, q), more in zip(sizes, chance, strict=True)
+    ]
+    sample = Sample(facts=Facts(4000, 8, 10**6), points=points, terms=(*PAIRS, "n3"))
+    found = predicted(sample, Request("f.py", "attribute"), 4000, 8)
+    assert found is not None
+    assert found.memory.value == pytest.approx(4.1e9, rel=0.1)
+
+
 def test_a_sample_without_an_end_says_at_least_its_time() -> None:
     sample = Sample(start=1.0, facts=Facts(10_000, 8, 100), stopped="too slow")
     found = predicted(sample, Request("f.py", "attribute", seconds=5), 10_000, 8)

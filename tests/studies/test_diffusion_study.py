@@ -185,6 +185,8 @@ def test_a_method_that_refuses_says_why_and_one_that_warns_is_heard() -> None:
         return {"x": torch.ones(1)}, {"steps": 3}
 
     assert jobs.heard(refuse) == ({}, {"refused": "not this task"})
+    assert jobs.refusal([jobs.heard(warn), jobs.heard(refuse)]) == "not this task"
+    assert jobs.refusal([jobs.heard(warn)]) is None
     assert jobs.heard(warn)[1] == {"steps": 3, "warnings": ["careful"]}
 
 

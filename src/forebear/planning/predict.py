@@ -13,7 +13,7 @@ NOISE = 0.015
 """Growth of memory below this share of it is taken for chance, unless it is known to be there."""
 
 
-PAIRS_COUNT = 8
+FEW_PAIRS = 8
 """With so many times more parameters than examples, a matrix of examples takes next to nothing."""
 
 
@@ -106,9 +106,11 @@ def _memory_terms(
     points: Sequence[Point], terms: Sequence[str], batch: int, facts: Facts
 ) -> tuple[str, ...]:
     """Terms of memory: a batch, and what is kept of every example if the samples show it."""
-    if "n3" in terms:  # gradients are kept, and next to them the products of all pairs are few
-        many = facts.parameters < PAIRS_COUNT * facts.examples
-        return ("1", "nq", "batch", "n", "n2") if many else ("1", "nq", "batch", "n")
+    if "n3" in terms:
+        # Gradients of all examples are kept. Samples smaller than a batch cannot tell these from
+        # what a batch takes, and to run out of memory is worse than to have some left.
+        many = facts.parameters < FEW_PAIRS * facts.examples
+        return ("1", "nq", "n", "n2") if many else ("1", "nq", "n")
     beyond = [p for p in points if p.examples >= batch]
     if len({p.examples for p in beyond}) < 2:
         # What a batch takes cannot be told from what is kept of every example: that it is a batch

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from forebear.errors import ForebearError, unknown_name
+from forebear.executors.torchrun import Torchrun
 from forebear.studies.base import Finding, Pieces, StudyResult, Table
 
 __all__ = ["STUDIES", "Finding", "Pieces", "StudyResult", "Table", "run"]
@@ -36,7 +37,7 @@ def run(name: str, out: Path, **options: Any) -> StudyResult:
     for option in options:
         if option not in known:
             raise unknown_name(f"option of the study {name}", option, known)
-    if type(options.get("executor")).__name__ == "Torchrun":
+    if isinstance(options.get("executor"), Torchrun):
         raise ForebearError(
             "executor torchrun: a study is one process that gives out work; use processes:N or ray"
         )

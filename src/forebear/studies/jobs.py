@@ -48,6 +48,11 @@ def heard(make: Callable[[], Found]) -> Found:
     return tensors, {**about, "warnings": sorted(texts)}
 
 
+def refusal(found: Iterable[Found]) -> str | None:
+    """Why the first that was refused was, None where none was."""
+    return next((about["refused"] for _, about in found if "refused" in about), None)
+
+
 @dataclass(frozen=True)
 class TimedPieces(Pieces):
     """Pieces that an executor makes, and that remember what time of the processor they took.

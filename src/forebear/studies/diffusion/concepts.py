@@ -18,7 +18,7 @@ from forebear.studies.base import Cell, Finding, StudyResult, Table, fingerprint
 from forebear.studies.diffusion import likeness
 from forebear.studies.diffusion.steps import steps_bring_nearer
 from forebear.studies.figure import FAINT, PALETTE, figure
-from forebear.studies.jobs import SCORING, TRAINING, Found, Job, TimedPieces, heard
+from forebear.studies.jobs import SCORING, TRAINING, Found, Job, TimedPieces, heard, refusal
 from forebear.task import Task
 from forebear.training.ensemble import Ensemble
 from forebear.training.recipe import Recipe
@@ -228,8 +228,9 @@ def compare(networks: list[Trained], pieces: TimedPieces) -> Compared:
     skipped: dict[str, str] = {}
     for key, each in jobs.items():
         made = [pieces.read(job) for job in each]
-        if "refused" in made[0][1]:
-            skipped[key] = made[0][1]["refused"]
+        reason = refusal(made)
+        if reason is not None:
+            skipped[key] = reason
             continue
         pairs = zip(networks, made, strict=True)
         found[key] = np.stack([both(one.data, scores["scores"]) for one, (scores, _) in pairs])

@@ -18,7 +18,7 @@ from forebear.studies.base import Cell, Finding, StudyResult, Table, fingerprint
 from forebear.studies.diffusion import likeness
 from forebear.studies.diffusion.concepts import RIDGE
 from forebear.studies.figure import FAINT, PALETTE, figure
-from forebear.studies.jobs import SCORING, TRAINING, Found, Job, TimedPieces, heard
+from forebear.studies.jobs import SCORING, TRAINING, Found, Job, TimedPieces, heard, refusal
 from forebear.task import Task
 from forebear.training.recipe import Recipe
 from forebear.zoo import concepts, customised
@@ -236,8 +236,9 @@ def _ranked(
     skipped: dict[str, str] = {}
     for key, each in jobs.items():
         known = [pieces.read(job) for job in each]
-        if "refused" in known[0][1]:
-            skipped[key] = known[0][1]["refused"]
+        reason = refusal(known)
+        if reason is not None:
+            skipped[key] = reason
             continue
         found[key] = [tensors["scores"] for tensors, _ in known]
         seconds[key] = sum(about["seconds"] for _, about in known)
